@@ -1,0 +1,24 @@
+# make demo   environment, then teacher, trajectories, both students and the report on the embedded digits
+# make test   environment, then the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+.venv/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/python train.py --task digits
+	$(BIN)/python train.py --task digits --recipe paper
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,111 @@
+"""What survives a crash: files written whole or not at all, and loaded without running code.
+
+Everything a run computes goes through `atomic`: written to a temporary name, synced to the device,
+then renamed over the old file, so a reader sees the old contents or the new ones, never a part.
+`UsageError` is the project's one word for bad input: the commands print it as a single line and
+leave with exit code 2.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+
+class UsageError(Exception):
+    """Bad input, in one line: what was wrong, and what is allowed or what to do."""
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Around a command's main: bad input becomes one line on stderr and exit code 2."""
+    program = Path(sys.argv[0]).name
+    try:
+        yield
+    except UsageError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only once it is complete and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}; what was saved before is untouched, "
+            "make room or choose another --out and start again to continue"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def save(path: Path, kind: str, **contents) -> None:
+    """Writes a checkpoint of tensors, numbers, strings and containers of them, with a checksum."""
+    buffer = io.BytesIO()
+    torch.save({"kind": kind, "versions": versions(), **contents}, buffer)
+    with atomic(path) as file:
+        file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
+
+
+def load(path: Path, kind: str) -> dict:
+    """Reads a checkpoint of `save` onto the CPU; UsageError names a damaged or foreign file."""
+    advice = f"delete it and run train.py again, or name another {kind}"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        raise UsageError(f"{path} is truncated, damaged or no checkpoint of this project; {advice}")
+    try:
+        contents = torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UsageError(f"{path} holds more than tensors and numbers; {advice}") from error
+    if contents.get("kind") != kind:
+        raise UsageError(f"{path} is a {contents.get('kind')} checkpoint, not a {kind}; {advice}")
+    return contents
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with any weight of the module."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Software that a number depends on."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def provenance() -> dict:
+    """The command and commit behind a result; a commit ending in '+' had uncommitted changes."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": git("rev-parse", "HEAD") + ("+" if changed else "")}

@@ -1,0 +1,455 @@
+r"""C-DEQ inference: Alg. 1, the schedule's choice, evaluation by NFE, answers on a user's files.
+
+    python infer.py --run runs/digits                         metric by NFE on the test split
+    python infer.py --run runs/digits --tol 0.05 --max-nfe 16  anytime: each sample stops by itself
+    python infer.py --run runs/digits --nfe 2 --files a.png    answers
+
+Alg. 1 (J steps, J evaluations of h):
+
+    z_{j+1} = g(z_j, t_j) with h(z_{j-1}, t_{j-1}) kept from the step before, so that the Anderson
+    step of Eq. 7 costs nothing new; t_j = eps + (1 - decay^j) (T - eps)                    (B.3)
+
+NFE counts evaluations of f-sized networks, the first included. NFE = 0 is head(z_0); NFE = 1 of
+every method is one evaluation at z_0. The injection is computed once per input and the head once
+per answer; neither is f-sized, and neither is counted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from anderson import Counter, anderson, picard
+from checkpoint import UsageError, atomic, load, plain_errors, provenance, versions
+from fpode import TimeMap
+from models import Equilibrium
+from student import Student
+from tasks import Split, Task
+from tasks.images import TASKS
+
+DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # candidates for the schedule's base
+NFES = (1, 2, 3, 4, 8, 16)
+
+
+@torch.no_grad()
+def cdeq(student: Student, z0: Tensor, u: Tensor, J: int, decay: float, last: bool = False):
+    """Alg. 1: z_{t_0} .. z_{t_J} as (J + 1, B, ...), or z_{t_J} alone; exactly J evaluations."""
+    z, history, states = z0, None, [z0]
+    for t in student.times.schedule(J, decay).to(z0.device):
+        z_next, h = student.step(z, t, u, history)  # Alg. 1, l. 1-2, then l. 5-6
+        z, history = z_next, (z, h)
+        if not last:
+            states.append(z)
+    return z if last else torch.stack(states)  # Alg. 1, l. 9
+
+
+@torch.no_grad()
+def anytime(
+    student: Student, z0: Tensor, u: Tensor, tol: float, max_nfe: int, decay: float
+) -> tuple[Tensor, Tensor]:
+    """Alg. 1 until |z_{j+1} - z_j| <= tol |z_{j+1}|, for each sample alone: (z, NFE per sample).
+
+    Finished samples leave the batch, so their evaluations are really saved.
+    """
+    answer, nfe = z0.clone(), torch.full((len(z0),), max_nfe, device=z0.device)
+    active = torch.arange(len(z0), device=z0.device)
+    z, history = z0, None
+    for j, t in enumerate(student.times.schedule(max_nfe, decay).to(z0.device)):
+        z_next, h = student.step(z, t, u[active], history)
+        change = (z_next - z).flatten(1).norm(dim=1)
+        going = change > tol * z_next.flatten(1).norm(dim=1)
+        answer[active], nfe[active[~going]] = z_next, j + 1
+        if not going.any():
+            break
+        active, history, z = active[going], (z[going], h[going]), z_next[going]
+    return answer, nfe
+
+
+@dataclass
+class Run:
+    """A run folder's networks, ready to answer: the teacher, and each finished student by name."""
+
+    folder: Path
+    task: Task
+    config: dict
+    teacher: Equilibrium
+    students: dict[str, tuple[Student, float]]  # name -> (EMA student, decay)
+    device: torch.device
+
+    def solver(self) -> dict:
+        return {name: self.config[name] for name in ("m", "beta", "ridge")}
+
+
+def student_path(folder: Path, name: str) -> Path:
+    return folder / (f"student-{name}.pt" if name else "student.pt")
+
+
+def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
+    """A fresh student with the clock and the options of a training configuration."""
+    times = TimeMap(rho, config["K"], config["eps"], config["T"])
+    return Student(teacher, times, config["gamma"], config["aa"], config["alpha_grad"])
+
+
+def open_run(folder: Path, data: str = "data", device: str = "auto", names=None) -> Run:
+    """Loads a run folder; names: students to load, all finished ones by default."""
+    device = torch.device(pick_device(device))
+    saved = load(folder / "teacher.pt", "teacher")
+    config = saved["config"]
+    task = TASKS[config["task"]](Path(data))
+    teacher = task.network(config["preset"])
+    teacher.load_state_dict(saved["model"])
+    teacher.to(device).eval().requires_grad_(False)
+    if names is None:
+        found = sorted(folder.glob("student*.pt"))
+        names = [path.stem.removeprefix("student").removeprefix("-") for path in found]
+    students = {}
+    for name in names:
+        saved = load(student_path(folder, name), "student")
+        if "decay" in saved:
+            student = build_student(teacher, saved["config"], saved["rho"])
+            student.load_state_dict(saved["ema"])
+            students[name] = (student.to(device).eval().requires_grad_(False), saved["decay"])
+            config = config | {"K": saved["config"]["K"]}
+    return Run(folder, task, config, teacher, students, device)
+
+
+def pick_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA device is there; allowed: cpu, auto")
+    return name
+
+
+# A method maps (z_0, u, nfe) to all its states z_0 .. z_nfe, and with last=True to z_nfe alone.
+Method = Callable[..., Tensor]
+
+
+def methods(run: Run) -> dict[str, tuple[Method, Counter]]:
+    """Every solver of a run behind one signature, each with the counter of its evaluations."""
+    table: dict[str, tuple[Method, Counter]] = {}
+    for name, solver, options in (("picard", picard, {}), ("anderson", anderson, run.solver())):
+        f = Counter(run.teacher.f)
+
+        def classical(z0, u, nfe, last=False, f=f, solver=solver, options=options):
+            dims = run.teacher.sample_dims
+            return solver(lambda z: f(z, u), z0, nfe, last=last, sample_dims=dims, **options)
+
+        table[name] = classical, f
+    for name, (student, decay) in run.students.items():
+        student.h = f = Counter(student.h)
+
+        def consistent(z0, u, nfe, last=False, student=student, decay=decay):
+            return cdeq(student, z0, u, nfe, decay, last)
+
+        table[f"cdeq-{name}" if name else "cdeq"] = consistent, f
+    return table
+
+
+def relative(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| / |b| per sample: (B,)."""
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    return (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run, method: Method, counter: Counter, split: Split, nfes=NFES, batch: int = 128
+) -> list[dict]:
+    """Metric, residual under the teacher's f and distance to its equilibrium, by NFE.
+
+    Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
+    counts once whatever the number of ranks.
+    """
+    net, rank, world = run.teacher, *_ranks()
+    totals = torch.zeros(len(nfes), 5, dtype=torch.float64)
+    counter.nfe = calls = 0
+    for rows in torch.arange(rank, len(split), world).split(batch):
+        x, y = (v.to(run.device) for v in split.batch(rows))
+        u = net.inject(x)
+        z0 = net.initial(u)
+        star = equilibrium(run, z0, u)
+        states = method(z0, u, max(nfes))
+        calls += 1
+        for i, nfe in enumerate(nfes):
+            z = states[nfe]
+            sums = (
+                run.task.score(net.head(z), y),
+                net.nll(z, y),
+                relative(net.f(z, u), z),
+                relative(z, star),
+            )
+            totals[i] += torch.tensor([*(v.sum().item() for v in sums), len(rows)]).double()
+    if counter.nfe != calls * max(nfes):
+        raise AssertionError(f"{counter.nfe} evaluations were made, {calls * max(nfes)} declared")
+    if world > 1:
+        dist.all_reduce(totals)
+    names = ("value", "nll", "residual", "distance")
+    return [
+        {"nfe": nfe, **dict(zip(names, (row[:4] / row[4]).tolist(), strict=True))}
+        for nfe, row in zip(nfes, totals, strict=True)
+    ]
+
+
+def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
+    """z*: the teacher's own solver for twice the trajectory's length. A reference, not counted."""
+    net, steps = run.teacher, 2 * run.config["K"]
+    return anderson(
+        lambda z: net.f(z, u), z0, steps, last=True, sample_dims=net.sample_dims, **run.solver()
+    )
+
+
+def choose_decay(run: Run, student: Student, nfes=NFES) -> tuple[float, dict]:
+    """The schedule's base on the validation split: best mean metric over nfes, then distance."""
+    scores = {}
+    for decay in DECAYS:
+        counter = Counter(student.h)
+        probe = lambda z0, u, nfe, decay=decay: cdeq(student, z0, u, nfe, decay)  # noqa: E731
+        counter.nfe = 0
+        h, student.h = student.h, counter
+        rows = evaluate(run, probe, counter, run.task.valid, nfes)
+        student.h = h
+        sign = 1 if run.task.higher_is_better else -1
+        mean = {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
+        scores[decay] = (sign * mean["value"], -mean["distance"])
+    return max(scores, key=scores.get), scores
+
+
+@torch.no_grad()
+def seconds(run: Run, table: dict, nfes=NFES, batch: int = 128, repeats: int = 5) -> dict:
+    """Median seconds from injected input to logits of one batch, by (method, NFE).
+
+    All methods take turns within each repeat, so that a busy machine slows them alike.
+    """
+    rows = torch.arange(min(batch, len(run.task.test)))
+    u = run.teacher.inject(run.task.test.batch(rows)[0].to(run.device))
+    z0 = run.teacher.initial(u)
+    spent: dict = {(name, nfe): [] for name in table for nfe in nfes}
+    for repeat in range(repeats + 1):
+        for (name, nfe), times in spent.items():
+            sync(run.device)
+            begin = time.perf_counter()
+            run.teacher.head(table[name][0](z0, u, nfe, last=True))
+            sync(run.device)
+            if repeat:  # the first round warms up
+                times.append(time.perf_counter() - begin)
+    return {key: statistics.median(times) for key, times in spent.items()}
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def report(run: Run, nfes=NFES, split: str = "test", batch: int = 128) -> dict:
+    """Evaluates every method of a run; the form of report.json and of results/."""
+    table, K = methods(run), run.config["K"]
+    data = getattr(run.task, split)
+    teacher = evaluate(run, *table["anderson"], data, (K,), batch)[0]
+    rows = {}
+    bar = tqdm(table.items(), desc=f"evaluate ({split})", disable=None if _ranks()[0] == 0 else True)
+    for name, (method, counter) in bar:
+        rows[name] = evaluate(run, method, counter, data, nfes, batch)
+    spent = seconds(run, table, nfes, batch)
+    parameters = sum(p.numel() for p in run.teacher.parameters())
+    extra = {"picard": 0, "anderson": 0}
+    for name, (student, _) in run.students.items():
+        extra[f"cdeq-{name}" if name else "cdeq"] = sum(p.numel() for p in student.parameters())
+    return {
+        "task": run.task.name,
+        "metric": run.task.metric,
+        "higher_is_better": run.task.higher_is_better,
+        "split": split,
+        "seeds": [run.config["seed"]],
+        **provenance(),
+        "versions": versions(),
+        "device": str(run.device) if run.device.type == "cpu" else torch.cuda.get_device_name(),
+        "dtype": run.config["dtype"],
+        "batch": batch,
+        "teacher": {**teacher, "params": parameters},
+        "rows": [
+            {
+                "method": name,
+                **row,
+                "std": None,
+                "n": 1,
+                "seconds_per_batch": spent[name, row["nfe"]],
+                "peak_memory_bytes": None,
+                "params": parameters + extra[name],
+            }
+            for name in table
+            for row in rows[name]
+        ],
+        "decay": {name: decay for name, (_, decay) in run.students.items()},
+    }
+
+
+def markdown(result: dict) -> str:
+    """The report as a table: a row per method, a column per NFE."""
+    nfes = sorted({row["nfe"] for row in result["rows"]})
+    cells = {(row["method"], row["nfe"]): row for row in result["rows"]}
+    teacher = result["teacher"]
+    lines = [
+        f"# {result['task']}: {result['metric']} on the {result['split']} split by NFE",
+        "",
+        f"Teacher, converged (Anderson, NFE {teacher['nfe']}): {teacher['value']:.2f}, relative "
+        f"residual {teacher['residual']:.1e}. Seeds {result['seeds']}; `{result['command']}` at "
+        f"commit {result['commit'][:12]}.",
+    ]
+    for key, title, form in (
+        ("value", result["metric"], "{:.2f}"),
+        ("distance", "distance to the equilibrium, |z - z*| / |z*|", "{:.4f}"),
+        ("residual", "relative residual, |f(z) - z| / |z|", "{:.4f}"),
+        ("seconds_per_batch", f"seconds per batch of {result['batch']}", "{:.4f}"),
+    ):
+        lines += ["", f"## {title}", "", "| method | " + " | ".join(map(str, nfes)) + " |"]
+        lines.append("|---" * (len(nfes) + 1) + "|")
+        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+            row = [form.format(cells[method, nfe][key]) for nfe in nfes]
+            lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(result: dict, path: Path) -> None:
+    """Metric and relative residual (Fig. 2) against NFE, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
+        for axis, key in ((left, "value"), (right, "residual")):
+            axis.plot([r["nfe"] for r in rows], [r[key] for r in rows], label=method, **style)
+    left.axhline(result["teacher"]["value"], color="gray", linewidth=1, label="teacher, converged")
+    left.set(ylabel=f"{result['split']} {result['metric']}")
+    right.set(ylabel="relative residual |f(z) - z| / |z|", yscale="log")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        ticks = sorted({row["nfe"] for row in result["rows"]})
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set(xlabel="evaluations of f (NFE)")
+        axis.grid(alpha=0.3)
+    left.legend()
+    canvas.suptitle(f"{result['task']}, seeds {result['seeds']}")
+    with atomic(path) as file:
+        canvas.savefig(file, format="png", dpi=150)
+    pyplot.close(canvas)
+
+
+def write_report(result: dict, folder: Path) -> None:
+    """report.json, report.md and report.png."""
+    for name, text in (("report.json", json.dumps(result, indent=1)), ("report.md", markdown(result))):
+        with atomic(folder / name) as file:
+            file.write(text.encode())
+    figure(result, folder / "report.png")
+
+
+def _ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.no_grad()
+def answer(run: Run, name: str, files: list[Path], nfe: int, tol: float, max_nfe: int) -> list[dict]:
+    """Class, probability and NFE for a user's own inputs."""
+    student, decay = run.students[name]
+    x = torch.cat([run.task.read(path) for path in files]).to(run.device)
+    u = run.teacher.inject(x)
+    z0 = run.teacher.initial(u)
+    if tol > 0:
+        z, used = anytime(student, z0, u, tol, max_nfe, decay)
+    else:
+        z, used = cdeq(student, z0, u, nfe, decay, last=True), torch.full((len(x),), nfe)
+    best = run.teacher.head(z).softmax(1).max(1)
+    return [
+        {"file": str(path), "answer": run.task.classes[c], "probability": p, "nfe": n}
+        for path, c, p, n in zip(
+            files, best.indices.tolist(), best.values.tolist(), used.tolist(), strict=True
+        )
+    ]
+
+
+@torch.no_grad()
+def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int) -> dict:
+    """Metric and NFE of the anytime mode over a split."""
+    student, decay = run.students[name]
+    scores, used = [], []
+    for rows in torch.arange(len(split)).split(128):
+        x, y = (v.to(run.device) for v in split.batch(rows))
+        u = run.teacher.inject(x)
+        z, nfe = anytime(student, run.teacher.initial(u), u, tol, max_nfe, decay)
+        scores.append(run.task.score(run.teacher.head(z), y))
+        used.append(nfe)
+    nfe = torch.cat(used).float()
+    return {
+        "tol": tol,
+        "value": torch.cat(scores).mean().item(),
+        "nfe_mean": nfe.mean().item(),
+        "nfe_max": int(nfe.max()),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: (_ for _ in ()).throw(UsageError(f"{message}; see --help"))
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder of train.py")
+    add("--student", default="", help="which student: '' (the default recipe), 'paper', ...")
+    add("--nfe", type=int, nargs="+", default=list(NFES), help="budgets; one of them for --files")
+    add("--split", choices=("valid", "test"), default="test")
+    add("--batch", type=int, default=128)
+    add("--decay", type=float, default=0, help="schedule base in (0, 1); 0: as validated")
+    add("--tol", type=float, default=0, help="> 0: stop each sample when successive states agree")
+    add("--max-nfe", type=int, default=16, help="most evaluations with --tol")
+    add("--files", type=Path, nargs="+", help="answer for these inputs instead of a split")
+    add("--data", default="data")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if min(args.nfe) < 1 or args.max_nfe < 1 or args.batch < 1:
+        raise UsageError("--nfe, --max-nfe and --batch must be >= 1")
+    if not 0 <= args.decay < 1 or args.tol < 0:
+        raise UsageError("--decay must be in (0, 1), or 0 for the validated one; --tol must be >= 0")
+    if not args.run.is_dir():
+        raise UsageError(f"--run {args.run}: no such folder; train.py makes one")
+    run = open_run(args.run, args.data, args.device)
+    if args.student not in run.students and (args.files or args.tol > 0):
+        known = ", ".join(repr(name) for name in run.students) or "none: train one first"
+        raise UsageError(f"--student {args.student!r} is not finished in {args.run}; there: {known}")
+    if args.decay:
+        run.students = {name: (student, args.decay) for name, (student, _) in run.students.items()}
+    if args.files:
+        if len(args.nfe) > 1 and args.tol == 0:
+            args.nfe = [2]
+        rows = answer(run, args.student, args.files, args.nfe[0], args.tol, args.max_nfe)
+        lines = [f"{r['file']}: {r['answer']} ({r['probability']:.1%}, NFE {r['nfe']})" for r in rows]
+        print(json.dumps(rows) if args.json else "\n".join(lines))
+    elif args.tol > 0:
+        split = getattr(run.task, args.split)
+        row = evaluate_anytime(run, args.student, split, args.tol, args.max_nfe)
+        line = (
+            f"{run.task.metric} {row['value']:.2f} at {row['nfe_mean']:.2f} evaluations on average, "
+            f"{row['nfe_max']} at most (tol {args.tol:g})"
+        )
+        print(json.dumps(row) if args.json else line)
+    else:
+        result = report(run, tuple(sorted(set(args.nfe))), args.split, args.batch)
+        print(json.dumps(result) if args.json else markdown(result))
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,61 @@
+"""Networks: what every equilibrium model gives to solvers, student, losses and trajectories.
+
+A network is three parts around one state z: an input injection u, a cell f(z, u) whose fixed point
+is the representation, and a task head. Nothing outside models/ knows more than this interface.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Cell(nn.Module):
+    """f itself, one evaluation of which is the unit of NFE; the part that the student copies.
+
+    channels: width of each branch of the state, the dimension in which W and t act (Eq. 8).
+    """
+
+    channels: tuple[int, ...]
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        """One layer evaluation, z -> f(z, x) with u = inject(x)."""
+        raise NotImplementedError
+
+    def features(self, z: Tensor) -> list[Tensor]:
+        """Views of z with channels last, one per branch, sample dimensions first."""
+        return [z]
+
+    def join(self, branches: list[Tensor]) -> Tensor:
+        """The inverse of `features`."""
+        return branches[0]
+
+
+class Equilibrium(nn.Module):
+    """A deep equilibrium model; every teacher is one.
+
+    sample_dims: leading dimensions of z that index problems with their own Anderson weights.
+    """
+
+    sample_dims = 1
+    cell: Cell
+
+    def f(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.cell(z, u)  # Eq. 1: z* = f(z*, u)
+
+    def features(self, z: Tensor) -> list[Tensor]:
+        return self.cell.features(z)
+
+    def inject(self, x: Tensor) -> Tensor:
+        """Input injection u, evaluated once per input; its first dimension is the sample."""
+        raise NotImplementedError
+
+    def initial(self, u: Tensor) -> Tensor:
+        """z_0: zeros of the state's shape (footnote 1)."""
+        raise NotImplementedError
+
+    def head(self, z: Tensor) -> Tensor:
+        """Task logits of a state, (B, classes); frozen during distillation."""
+        raise NotImplementedError
+
+    def nll(self, z: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of the labels y given a state, nats per sample: (B,) fp32."""
+        return F.cross_entropy(self.head(z).float(), y, reduction="none")

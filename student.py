@@ -1,0 +1,86 @@
+r"""The C-DEQ student: one teacher-like layer that maps any state of a trajectory to its end.
+
+Paper: Sec. 3.3.
+
+    g(z, t, x) = c_skip(t) z + c_out(t) P(z, t, x),  c_skip = s^gamma, c_out = 1 - s^gamma     (5)
+    P(z_k, t_k, x) = S_AA(z_k, z_{k-1}; h, x), the two-state Anderson step over h              (7)
+    h(z, t, x) = W [f'(z, x) || t]                                                             (8)
+
+with s = (t - eps) / (T - eps). W acts on each branch's channels: W [f' || t] = W_f f' + w_t s + b,
+so nothing is ever concatenated. W_f starts as the identity, w_t and b as zero and f' as a copy of
+the teacher's f: a fresh student's P *is* one Anderson step of the teacher.
+
+Shapes: z, h, P, g (B, state...); t (B,) or (), fp32.
+
+Departs from the paper: at k = 0 there is no history and P = h (as Alg. 1, line 1 has it). Writing
+that as z_{-1} = z_0 needs no special case, for a repeated state makes S_AA the plain step.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from anderson import two_point
+from fpode import TimeMap
+from models import Equilibrium
+
+History = tuple[Tensor, Tensor] | None  # (z_{j-1}, h(z_{j-1}, t_{j-1}, x)), kept from the last step
+
+
+class Student(nn.Module):
+    """g, P and h of one teacher. The injection u and the head stay the teacher's own, frozen.
+
+    gamma >= 1: exponent of c_skip. anderson=False drops Eq. 7 and takes P = h (Fig. 3's ablation).
+    alpha_grad: let gradients through the two-point weights.
+    """
+
+    def __init__(
+        self,
+        teacher: Equilibrium,
+        times: TimeMap,
+        gamma: float = 1.0,
+        anderson: bool = True,
+        alpha_grad: bool = False,
+    ):
+        super().__init__()
+        self.times, self.gamma, self.anderson = times, gamma, anderson
+        self.two_point = dict(sample_dims=teacher.sample_dims, alpha_grad=alpha_grad)
+        self.cell = copy.deepcopy(teacher.cell).requires_grad_(True)
+        self.W = nn.ModuleList(nn.Linear(C, C) for C in self.cell.channels)
+        self.w_t = nn.ParameterList(torch.zeros(C) for C in self.cell.channels)
+        for W in self.W:
+            nn.init.eye_(W.weight)
+            nn.init.zeros_(W.bias)
+
+    def h(self, z: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """The time-aware layer: one NFE."""
+        s = self.times.s(t).to(z.dtype)
+        branches = self.cell.features(self.cell(z, u))
+        out = [
+            W(v) + s.view(-1, *[1] * (v.dim() - 1)) * w_t
+            for v, W, w_t in zip(branches, self.W, self.w_t, strict=True)
+        ]
+        return self.cell.join(out)  # Eq. 8
+
+    def step(self, z: Tensor, t: Tensor, u: Tensor, history: History = None) -> tuple[Tensor, Tensor]:
+        """(g, h) at (z, t), given the state before and its h: one NFE."""
+        h = P = self.h(z, t, u)
+        if history is not None and self.anderson:
+            z_prev, h_prev = history
+            P = two_point(h, z, h_prev, z_prev, **self.two_point)  # Eq. 7
+        c_skip = self.times.s(t).to(z.dtype).pow(self.gamma).view(-1, *[1] * (z.dim() - 1))
+        return torch.lerp(P, z, c_skip), h  # Eq. 5
+
+    def g(self, z: Tensor, z_prev: Tensor, t: Tensor, t_prev: Tensor, u: Tensor) -> Tensor:
+        """The consistency map from two states of a trajectory: two NFE (one without Anderson)."""
+        history = (z_prev, self.h(z_prev, t_prev, u)) if self.anderson else None
+        return self.step(z, t, u, history)[0]
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, online: nn.Module, mu: float) -> None:
+    """phi^- <- mu phi^- + (1 - mu) phi, in place; buffers are copied."""
+    torch._foreach_lerp_(list(ema.parameters()), list(online.parameters()), 1 - mu)
+    for kept, new in zip(ema.buffers(), online.buffers(), strict=True):
+        kept.copy_(new)

@@ -1,0 +1,65 @@
+"""Tasks: what to learn, in three splits, and the presets that go with it.
+
+Training uses the train split, every choice the validation split, every reported number the test
+split; nothing else in the project knows where data comes from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import Equilibrium
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs x (N, ...) and labels y (N, ...) held in memory."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x[rows], self.y[rows]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with its network and metric.
+
+    score(logits, y): the metric's summand for each sample, (B,). read(path): a user's own file as
+    one input (1, ...). defaults: values of train.Config that suit this task.
+    """
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    train: Split
+    valid: Split
+    test: Split
+    network: Callable[[str], Equilibrium]
+    presets: tuple[str, ...]
+    score: Callable[[Tensor, Tensor], Tensor]
+    read: Callable[[Path], Tensor]
+    classes: tuple[str, ...]
+    defaults: dict = field(default_factory=dict)
+
+
+def positions(n: int, first: int, count: int, seed: int) -> tuple[Tensor, int]:
+    """Entries first .. first + count of an endless stream of shuffled passes over range(n).
+
+    A pure function of its arguments, so that a resumed run and any rank see the same stream.
+    Also returns the pass in which the first entry lies.
+    """
+    wanted = torch.arange(first, first + count)
+    rows = torch.empty(count, dtype=torch.long)
+    for epoch in wanted.div(n, rounding_mode="floor").unique().tolist():
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        here = wanted.div(n, rounding_mode="floor") == epoch
+        rows[here] = order[wanted[here] % n]
+    return rows, first // n

@@ -1,0 +1,236 @@
+r"""Teacher trajectories: sampled, augmented, stored and served.
+
+Paper: Sec. 3.2, App. B.2, Alg. 4.
+
+    z_{k+1} = S_AA({z_i}; f, x), k = 0 .. K-1, from z_0                          Alg. 4, l. 1-5
+    z_k <- z_K with probability p_aug, for k_min <= k <= K - k_tail              (13), l. 7-12
+
+Three stores with one interface: `Memory` and `Disk` hold every trajectory of the train split,
+`Rolling` a bounded window of them, made on the fly, each used `reuse` times and then replaced (in
+full, ImageNet would take 13 TB). `plan` picks one by its bytes.
+
+    store.batch(step) -> x, y, rows       what to train on at this step: a pure function of the step
+    store.states(rows, ks) -> states      z_k of those samples: ks (B, n) -> n tensors (B, ...)
+
+Departs from the paper: z_0 = 0 by default, as its footnote 1 has it and inference does (Alg. 4
+draws it from N(0, I)). Eq. 13 is drawn anew at every use instead of once into the cache: it only
+redirects an index, and a fixed draw would hide the same states from the student for good.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from anderson import anderson
+from checkpoint import UsageError, atomic
+from models import Equilibrium
+from tasks import Split, positions
+
+Solve = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), rows (B,) -> trajectory (K + 1, B, ...)
+
+
+@torch.no_grad()
+def sample(net: Equilibrium, x: Tensor, rows: Tensor, K: int, z0: str, **solver) -> Tensor:
+    """The teacher's trajectory on x: (K + 1, B, state...), z_K standing for z*.
+
+    z0: "zeros", or "normal", drawn for each sample from its row so that it is always the same.
+    """
+    u = net.inject(x)
+    start = net.initial(u)
+    if z0 == "normal":
+        for i, row in enumerate(rows.tolist()):  # Alg. 4, l. 1
+            generator = torch.Generator().manual_seed(row)
+            start[i] = torch.randn(start[i].shape, generator=generator).to(start)
+    f = lambda z: net.f(z, u)  # noqa: E731
+    return anderson(f, start, K, sample_dims=net.sample_dims, **solver)  # Alg. 4, l. 2-5
+
+
+def augment(ks: Tensor, draws: Tensor, p_aug: float, k_min: int, k_tail: int) -> Tensor:
+    """Redirects steps ks (B, n) to K where their state is replaced by z_K; draws (B, K + 1) in
+    [0, 1), one per state, so that every view of the same trajectory sees the same replacement."""
+    K = draws.shape[1] - 1
+    k = torch.arange(K + 1, device=ks.device)
+    replaced = (draws < p_aug) & (k >= k_min) & (k <= K - k_tail)
+    return torch.where(replaced.gather(1, ks), K, ks)  # Eq. 13; Alg. 4, l. 7-12
+
+
+def plan(n: int, state: torch.Size, K: int, dtype: torch.dtype, cache_gb: float, disk_gb: float):
+    """Which store fits n trajectories, and the arithmetic in words: (kind, message)."""
+    each = (K + 1) * state.numel() * dtype.itemsize
+    full = n * each / 1e9
+    kind = "memory" if full <= cache_gb else "disk" if full <= disk_gb else "rolling"
+    return kind, (
+        f"trajectories: {n:,} samples x {K + 1} states x {state.numel():,} numbers x "
+        f"{dtype.itemsize} bytes = {full:.3g} GB; memory budget {cache_gb:g} GB, disk budget "
+        f"{disk_gb:g} GB: {kind} store"
+    )
+
+
+class Memory:
+    """Every trajectory in memory. Ranks solve a share each and then exchange them.
+
+    batch: global batch size; rank r serves its slice of each global batch.
+    """
+
+    def __init__(self, solve: Solve, split: Split, batch: int, seed: int, *, chunk: int, dtype):
+        self.split, self.seed, self.dtype = split, seed, dtype
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if _many() else (0, 1)
+        self.local, self.chunk = batch // self.world, chunk
+        self.fill(solve)
+
+    def fill(self, solve: Solve) -> None:
+        starts = range(0, len(self.split), self.chunk)
+        parts = {c: self.solve(solve, c) for c in self.mine(starts)}
+        shape = next(iter(parts.values())).shape[1:] if parts else None
+        if _many():  # every rank knows the shape of rank 0's chunk, which always exists
+            shapes = [shape]
+            dist.broadcast_object_list(shapes, src=0)
+            shape = shapes[0]
+        self.z = torch.empty(len(self.split), *shape, dtype=self.dtype)
+        for i, c in enumerate(starts):
+            part = self.z[c : c + self.chunk]
+            if c in parts:
+                part.copy_(parts.pop(c))
+            if _many():
+                dist.broadcast(part, src=i % self.world)
+
+    def mine(self, chunks):
+        """This rank's share of the work, with a progress bar on rank 0."""
+        mine = list(chunks)[self.rank :: self.world]
+        return tqdm(mine, desc="trajectories", unit="chunk", disable=None if not self.rank else True)
+
+    def solve(self, solve: Solve, first: int) -> Tensor:
+        """Trajectories of samples first .. first + chunk as stored: (chunk, K + 1, state...)."""
+        rows = torch.arange(first, min(first + self.chunk, len(self.split)))
+        return solve(self.split.batch(rows)[0], rows).transpose(0, 1).to("cpu", self.dtype)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        first = step * self.local * self.world
+        rows, _ = positions(len(self.split), first, self.local * self.world, self.seed)
+        rows = rows[self.rank * self.local :][: self.local]
+        return *self.split.batch(rows), rows
+
+    def states(self, rows: Tensor, ks: Tensor) -> tuple[Tensor, ...]:
+        return self.z[rows[:, None], ks].unbind(1)
+
+
+class Disk(Memory):
+    """Every trajectory in memory-mapped files of `chunk` samples, shared by the ranks of a node.
+
+    A shard is a magic word, the length of a JSON header, the header, and raw numbers. The header
+    binds it to `header` (teacher, solver, split) and holds a checksum, verified at every start.
+    """
+
+    MAGIC = b"CDEQ-trajectory\n"
+
+    def __init__(self, *args, folder: Path, header: dict, **options):
+        self.folder, self.header = folder, header
+        super().__init__(*args, **options)
+
+    def fill(self, solve: Solve) -> None:
+        starts = range(0, len(self.split), self.chunk)
+        for first in self.mine(starts):
+            if not self.path(first).exists():
+                self.write(first, self.solve(solve, first))
+            self.open(first, verify=True)
+        if _many():
+            dist.barrier()
+        self.shards = [self.open(first) for first in starts]
+
+    def path(self, first: int) -> Path:
+        return self.folder / f"shard-{first // self.chunk:06d}.traj"
+
+    def expected(self, first: int) -> dict:
+        return {**self.header, "first": first, "chunk": self.chunk, "dtype": str(self.dtype)}
+
+    def write(self, first: int, z: Tensor) -> None:
+        raw = z.contiguous().view(torch.uint8).numpy().reshape(-1)
+        header = {**self.expected(first), "shape": list(z.shape), "crc32": zlib.crc32(raw)}
+        text = json.dumps(header).encode()
+        with atomic(self.path(first)) as file:
+            file.write(self.MAGIC + len(text).to_bytes(8, "little") + text)
+            file.write(raw)
+
+    def open(self, first: int, verify: bool = False) -> Tensor:
+        """Maps a shard; UsageError names one that is damaged or was made for something else."""
+        path = self.path(first)
+        advice = "delete it and start again: its trajectories are then solved anew"
+        try:
+            with open(path, "rb") as file:
+                if file.read(len(self.MAGIC)) != self.MAGIC:
+                    raise UsageError(f"{path} is not a trajectory shard; {advice}")
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                offset = file.tell()
+            raw = np.memmap(path, np.uint8, mode="c", offset=offset)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            raise UsageError(f"{path} is truncated or unreadable; {advice}") from error
+        for name, value in self.expected(first).items():
+            if header.get(name) != value:
+                raise UsageError(f"{path} has {name} {header.get(name)}, not {value}; {advice}")
+        if len(raw) != math.prod(header["shape"]) * self.dtype.itemsize or (
+            verify and zlib.crc32(raw) != header["crc32"]
+        ):
+            raise UsageError(f"{path} is damaged (length or checksum); {advice}")
+        return torch.from_numpy(raw).view(self.dtype).view(header["shape"])
+
+    def states(self, rows: Tensor, ks: Tensor) -> tuple[Tensor, ...]:
+        picked = [
+            self.shards[row // self.chunk][row % self.chunk, k]
+            for row, k in zip(rows.tolist(), ks, strict=True)
+        ]
+        return torch.stack(picked).unbind(1)
+
+
+class Rolling(Memory):
+    """A window of `slots` trajectories per rank over an endless shuffled stream of samples.
+
+    The window is `reuse` chunks. Each pass over it uses every slot once and then replaces the
+    oldest chunk by the next one of the stream. Its contents are a function of the step, so a
+    resumed run solves the same window again; inputs are kept beside their states.
+    """
+
+    def __init__(self, solve: Solve, *args, slots: int, reuse: int, **options):
+        if slots < reuse:
+            raise UsageError(
+                f"a rolling store needs room for --reuse = {reuse} trajectories at least, the "
+                f"budget holds {slots}: raise --cache-gb or lower --reuse"
+            )
+        self.solver, self.reuse = solve, reuse
+        self.live: list[int | None] = [None] * reuse
+        super().__init__(solve, *args, **(options | {"chunk": slots // reuse}))
+
+    def fill(self, solve: Solve) -> None:
+        self.x = self.y = self.z = None  # allocated by the first chunk, which tells the shapes
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        slots = self.reuse * self.chunk
+        rows, passed = positions(slots, step * self.local, self.local, self.seed + self.rank)
+        for number in range(passed, passed + self.reuse):
+            if self.live[number % self.reuse] != number:
+                self.replace(number)
+        return self.x[rows], self.y[rows], rows
+
+    def replace(self, number: int) -> None:
+        """Solves chunk `number` of this rank's stream into the place of the oldest one."""
+        count = self.chunk * self.world
+        rows, _ = positions(len(self.split), number * count, count, self.seed)
+        rows = rows[self.rank :: self.world]
+        x, y = self.split.batch(rows)
+        z = self.solver(x, rows).transpose(0, 1).to("cpu", self.dtype)
+        if self.z is None:
+            self.x, self.y, self.z = (v.repeat(self.reuse, *[1] * (v.dim() - 1)) for v in (x, y, z))
+        place = slice(number % self.reuse * self.chunk, (number % self.reuse + 1) * self.chunk)
+        self.x[place], self.y[place], self.z[place] = x, y, z
+        self.live[number % self.reuse] = number
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
