@@ -74,16 +74,17 @@ def anderson(
     m = max(1, min(m, K))
     F = torch.empty(P, m, z0.numel() // P, dtype=accumulator(z0), device=z0.device)
     R, G = torch.empty_like(F), F.new_zeros(P, m, m)
+    states = F.new_empty(2, P, 1, F.shape[2])  # old and new take turns: no allocation
 
     def step(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         slot, used = k % m, min(k + 1, m)  # Alg. 3, l. 4
         F[:, slot] = f(z).reshape(P, -1)
         torch.sub(F[:, slot], z.reshape(P, -1), out=R[:, slot])
         # Only the newest residual changes the Gram matrix: one row, not m of them.
-        row = torch.bmm(R[:, :used], R[:, slot, :, None])[..., 0]
+        row = torch.bmm(R[:, slot, None], R[:, :used].mT)[:, 0]
         G[:, slot, :used] = G[:, :used, slot] = row
         alpha = window_weights(G[:, :used, :used], ridge)[:, None]  # Alg. 3, l. 5
-        z_next = torch.bmm(alpha, F[:, :used])  # Eq. 4
+        z_next = torch.bmm(alpha, F[:, :used], out=states[k % 2])  # Eq. 4
         if beta != 1:  # sum a z = sum a (f - r): the old states themselves are never needed
             z_next -= (1 - beta) * torch.bmm(alpha, R[:, :used])  # Eq. 12; Alg. 3, l. 6
         return z_next.view_as(z).to(z.dtype), F[:, slot].view_as(z), row[:, slot]  # Eq. 3
@@ -92,7 +93,7 @@ def anderson(
 
 
 def window_weights(gram: Tensor, ridge: float) -> Tensor:
-    """argmin |R a| with sum(a) = 1, from gram = R R^T (P, n, n): (P, n). No host synchronisation."""
+    """argmin |R a| with sum(a) = 1, from gram = R R^T: (P, n, n) -> (P, n). Never waits for a GPU."""
     scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     info = torch.finfo(gram.dtype)
     # The floors keep a window of zero residuals (a solved problem) regular: equal weights.

@@ -15,10 +15,10 @@ per answer; neither is f-sized, and neither is counted.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from anderson import Counter, anderson, picard
-from checkpoint import UsageError, atomic, load, plain_errors, provenance, versions
+from anderson import Counter, anderson
+from checkpoint import UsageError, load, plain_errors
 from fpode import TimeMap
 from models import Equilibrium
 from student import Student
@@ -134,25 +133,17 @@ def pick_device(name: str) -> str:
 Method = Callable[..., Tensor]
 
 
-def methods(run: Run) -> dict[str, tuple[Method, Counter]]:
-    """Every solver of a run behind one signature, each with the counter of its evaluations."""
-    table: dict[str, tuple[Method, Counter]] = {}
-    for name, solver, options in (("picard", picard, {}), ("anderson", anderson, run.solver())):
-        f = Counter(run.teacher.f)
+def counted(student: Student, decay: float) -> tuple[Method, Counter]:
+    """Alg. 1 as a method, with the counter of its evaluations of h."""
+    h = Counter(student.h)
+    student = copy.copy(student)  # shares the weights; only its h is the counted one
+    student.h = h
+    return lambda z0, u, nfe, last=False: cdeq(student, z0, u, nfe, decay, last), h
 
-        def classical(z0, u, nfe, last=False, f=f, solver=solver, options=options):
-            dims = run.teacher.sample_dims
-            return solver(lambda z: f(z, u), z0, nfe, last=last, sample_dims=dims, **options)
 
-        table[name] = classical, f
-    for name, (student, decay) in run.students.items():
-        student.h = f = Counter(student.h)
-
-        def consistent(z0, u, nfe, last=False, student=student, decay=decay):
-            return cdeq(student, z0, u, nfe, decay, last)
-
-        table[f"cdeq-{name}" if name else "cdeq"] = consistent, f
-    return table
+def ranks() -> tuple[int, int]:
+    """(rank, world size)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def relative(a: Tensor, b: Tensor) -> Tensor:
@@ -170,7 +161,7 @@ def evaluate(
     Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
     counts once whatever the number of ranks.
     """
-    net, rank, world = run.teacher, *_ranks()
+    net, rank, world = run.teacher, *ranks()
     totals = torch.zeros(len(nfes), 5, dtype=torch.float64)
     counter.nfe = calls = 0
     for rows in torch.arange(rank, len(split), world).split(batch):
@@ -210,158 +201,18 @@ def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
 
 def choose_decay(run: Run, student: Student, nfes=NFES) -> tuple[float, dict]:
     """The schedule's base on the validation split: best mean metric over nfes, then distance."""
-    scores = {}
+    scores, sign = {}, 1 if run.task.higher_is_better else -1
     for decay in DECAYS:
-        counter = Counter(student.h)
-        probe = lambda z0, u, nfe, decay=decay: cdeq(student, z0, u, nfe, decay)  # noqa: E731
-        counter.nfe = 0
-        h, student.h = student.h, counter
-        rows = evaluate(run, probe, counter, run.task.valid, nfes)
-        student.h = h
-        sign = 1 if run.task.higher_is_better else -1
+        rows = evaluate(run, *counted(student, decay), run.task.valid, nfes)
         mean = {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
         scores[decay] = (sign * mean["value"], -mean["distance"])
     return max(scores, key=scores.get), scores
 
 
 @torch.no_grad()
-def seconds(run: Run, table: dict, nfes=NFES, batch: int = 128, repeats: int = 5) -> dict:
-    """Median seconds from injected input to logits of one batch, by (method, NFE).
-
-    All methods take turns within each repeat, so that a busy machine slows them alike.
-    """
-    rows = torch.arange(min(batch, len(run.task.test)))
-    u = run.teacher.inject(run.task.test.batch(rows)[0].to(run.device))
-    z0 = run.teacher.initial(u)
-    spent: dict = {(name, nfe): [] for name in table for nfe in nfes}
-    for repeat in range(repeats + 1):
-        for (name, nfe), times in spent.items():
-            sync(run.device)
-            begin = time.perf_counter()
-            run.teacher.head(table[name][0](z0, u, nfe, last=True))
-            sync(run.device)
-            if repeat:  # the first round warms up
-                times.append(time.perf_counter() - begin)
-    return {key: statistics.median(times) for key, times in spent.items()}
-
-
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def report(run: Run, nfes=NFES, split: str = "test", batch: int = 128) -> dict:
-    """Evaluates every method of a run; the form of report.json and of results/."""
-    table, K = methods(run), run.config["K"]
-    data = getattr(run.task, split)
-    teacher = evaluate(run, *table["anderson"], data, (K,), batch)[0]
-    rows = {}
-    bar = tqdm(table.items(), desc=f"evaluate ({split})", disable=None if _ranks()[0] == 0 else True)
-    for name, (method, counter) in bar:
-        rows[name] = evaluate(run, method, counter, data, nfes, batch)
-    spent = seconds(run, table, nfes, batch)
-    parameters = sum(p.numel() for p in run.teacher.parameters())
-    extra = {"picard": 0, "anderson": 0}
-    for name, (student, _) in run.students.items():
-        extra[f"cdeq-{name}" if name else "cdeq"] = sum(p.numel() for p in student.parameters())
-    return {
-        "task": run.task.name,
-        "metric": run.task.metric,
-        "higher_is_better": run.task.higher_is_better,
-        "split": split,
-        "seeds": [run.config["seed"]],
-        **provenance(),
-        "versions": versions(),
-        "device": str(run.device) if run.device.type == "cpu" else torch.cuda.get_device_name(),
-        "dtype": run.config["dtype"],
-        "batch": batch,
-        "teacher": {**teacher, "params": parameters},
-        "rows": [
-            {
-                "method": name,
-                **row,
-                "std": None,
-                "n": 1,
-                "seconds_per_batch": spent[name, row["nfe"]],
-                "peak_memory_bytes": None,
-                "params": parameters + extra[name],
-            }
-            for name in table
-            for row in rows[name]
-        ],
-        "decay": {name: decay for name, (_, decay) in run.students.items()},
-    }
-
-
-def markdown(result: dict) -> str:
-    """The report as a table: a row per method, a column per NFE."""
-    nfes = sorted({row["nfe"] for row in result["rows"]})
-    cells = {(row["method"], row["nfe"]): row for row in result["rows"]}
-    teacher = result["teacher"]
-    lines = [
-        f"# {result['task']}: {result['metric']} on the {result['split']} split by NFE",
-        "",
-        f"Teacher, converged (Anderson, NFE {teacher['nfe']}): {teacher['value']:.2f}, relative "
-        f"residual {teacher['residual']:.1e}. Seeds {result['seeds']}; `{result['command']}` at "
-        f"commit {result['commit'][:12]}.",
-    ]
-    for key, title, form in (
-        ("value", result["metric"], "{:.2f}"),
-        ("distance", "distance to the equilibrium, |z - z*| / |z*|", "{:.4f}"),
-        ("residual", "relative residual, |f(z) - z| / |z|", "{:.4f}"),
-        ("seconds_per_batch", f"seconds per batch of {result['batch']}", "{:.4f}"),
-    ):
-        lines += ["", f"## {title}", "", "| method | " + " | ".join(map(str, nfes)) + " |"]
-        lines.append("|---" * (len(nfes) + 1) + "|")
-        for method in dict.fromkeys(row["method"] for row in result["rows"]):
-            row = [form.format(cells[method, nfe][key]) for nfe in nfes]
-            lines.append(f"| {method} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def figure(result: dict, path: Path) -> None:
-    """Metric and relative residual (Fig. 2) against NFE, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["method"] == method]
-        style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
-        for axis, key in ((left, "value"), (right, "residual")):
-            axis.plot([r["nfe"] for r in rows], [r[key] for r in rows], label=method, **style)
-    left.axhline(result["teacher"]["value"], color="gray", linewidth=1, label="teacher, converged")
-    left.set(ylabel=f"{result['split']} {result['metric']}")
-    right.set(ylabel="relative residual |f(z) - z| / |z|", yscale="log")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        ticks = sorted({row["nfe"] for row in result["rows"]})
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.set(xlabel="evaluations of f (NFE)")
-        axis.grid(alpha=0.3)
-    left.legend()
-    canvas.suptitle(f"{result['task']}, seeds {result['seeds']}")
-    with atomic(path) as file:
-        canvas.savefig(file, format="png", dpi=150)
-    pyplot.close(canvas)
-
-
-def write_report(result: dict, folder: Path) -> None:
-    """report.json, report.md and report.png."""
-    for name, text in (("report.json", json.dumps(result, indent=1)), ("report.md", markdown(result))):
-        with atomic(folder / name) as file:
-            file.write(text.encode())
-    figure(result, folder / "report.png")
-
-
-def _ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@torch.no_grad()
-def answer(run: Run, name: str, files: list[Path], nfe: int, tol: float, max_nfe: int) -> list[dict]:
+def answer(
+    run: Run, name: str, files: list[Path], nfe: int, tol: float, max_nfe: int
+) -> list[dict]:
     """Class, probability and NFE for a user's own inputs."""
     student, decay = run.students[name]
     x = torch.cat([run.task.read(path) for path in files]).to(run.device)
@@ -400,11 +251,18 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def refuse(message: str):
+    """argparse's error handler: the message alone, without the usage text."""
+    raise UsageError(f"{message}; see --help")
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UsageError(f"{message}; see --help"))
+    parser.error = refuse
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of train.py")
     add("--student", default="", help="which student: '' (the default recipe), 'paper', ...")
@@ -422,32 +280,33 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.nfe) < 1 or args.max_nfe < 1 or args.batch < 1:
         raise UsageError("--nfe, --max-nfe and --batch must be >= 1")
     if not 0 <= args.decay < 1 or args.tol < 0:
-        raise UsageError("--decay must be in (0, 1), or 0 for the validated one; --tol must be >= 0")
+        raise UsageError(
+            "--decay must be in (0, 1), or 0 for the validated one; --tol must be >= 0"
+        )
     if not args.run.is_dir():
         raise UsageError(f"--run {args.run}: no such folder; train.py makes one")
     run = open_run(args.run, args.data, args.device)
-    if args.student not in run.students and (args.files or args.tol > 0):
+    if args.student not in run.students:
         known = ", ".join(repr(name) for name in run.students) or "none: train one first"
-        raise UsageError(f"--student {args.student!r} is not finished in {args.run}; there: {known}")
+        raise UsageError(
+            f"--student {args.student!r} is not finished in {args.run}; there: {known}"
+        )
     if args.decay:
         run.students = {name: (student, args.decay) for name, (student, _) in run.students.items()}
+    split = getattr(run.task, args.split)
     if args.files:
-        if len(args.nfe) > 1 and args.tol == 0:
-            args.nfe = [2]
-        rows = answer(run, args.student, args.files, args.nfe[0], args.tol, args.max_nfe)
-        lines = [f"{r['file']}: {r['answer']} ({r['probability']:.1%}, NFE {r['nfe']})" for r in rows]
-        print(json.dumps(rows) if args.json else "\n".join(lines))
+        nfe = args.nfe[0] if len(args.nfe) == 1 else 2
+        result = answer(run, args.student, args.files, nfe, args.tol, args.max_nfe)
+        line = "{file}: {answer} ({probability:.1%}, NFE {nfe})"
     elif args.tol > 0:
-        split = getattr(run.task, args.split)
-        row = evaluate_anytime(run, args.student, split, args.tol, args.max_nfe)
-        line = (
-            f"{run.task.metric} {row['value']:.2f} at {row['nfe_mean']:.2f} evaluations on average, "
-            f"{row['nfe_max']} at most (tol {args.tol:g})"
-        )
-        print(json.dumps(row) if args.json else line)
+        result = [evaluate_anytime(run, args.student, split, args.tol, args.max_nfe)]
+        line = "value {value:.2f} at {nfe_mean:.2f} evaluations on average, {nfe_max} at most"
     else:
-        result = report(run, tuple(sorted(set(args.nfe))), args.split, args.batch)
-        print(json.dumps(result) if args.json else markdown(result))
+        nfes = tuple(sorted(set(args.nfe)))
+        result = evaluate(run, *counted(*run.students[args.student]), split, nfes, args.batch)
+        line = "NFE {nfe:3d}: value {value:.2f}, distance {distance:.4f}, residual {residual:.4f}"
+    lines = [line.format(**row) for row in result]
+    print(json.dumps(result, indent=1) if args.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class Student(nn.Module):
         ]
         return self.cell.join(out)  # Eq. 8
 
-    def step(self, z: Tensor, t: Tensor, u: Tensor, history: History = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, z: Tensor, t: Tensor, u: Tensor, history: History = None
+    ) -> tuple[Tensor, Tensor]:
         """(g, h) at (z, t), given the state before and its h: one NFE."""
         h = P = self.h(z, t, u)
         if history is not None and self.anderson:

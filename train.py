@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import compare
 import infer
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
@@ -48,7 +49,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def opt(default, help: str, allowed: str = "", group: str = "run"):
     """A Config field. allowed: "a | b" or bounds like ">= 1 and < 5". group: which checkpoint the
     value is part of (teacher, student, or both), or only this start of the command (run)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed, group=group))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, allowed=allowed, group=group)
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Config:
     task: str = opt("digits", "data set", " | ".join(TASKS), "both")
     preset: str = opt("", "network size; empty: the task's first", "", "both")
     seed: int = opt(0, "of weights, data order and every draw", ">= 0", "both")
-    dtype: str = opt("fp32", "of the networks; solves, times and losses stay fp32", "fp32 | bf16", "both")
+    dtype: str = opt(
+        "fp32", "of the networks; solves, times and losses stay fp32", "fp32 | bf16", "both"
+    )
     batch: int = opt(128, "global batch size, all ranks together", ">= 1", "both")
     # Anderson acceleration of the teacher (Alg. 3)
     m: int = opt(6, "states in the window", ">= 1", "both")
@@ -68,6 +73,7 @@ class Config:
     teacher_steps: int = opt(540, "updates of the teacher", ">= 1", "teacher")
     teacher_lr: float = opt(3e-3, "peak learning rate, cosine to 0", "> 0", "teacher")
     teacher_decay: float = opt(1e-2, "AdamW weight decay", ">= 0", "teacher")
+    augment: bool = opt(True, "random views of the inputs", "", "teacher")
     solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", "teacher")
     phantom: int = opt(3, "differentiable steps after it", ">= 1 and <= 5", "teacher")
     tau: float = opt(0.8, "their damping", "> 0 and <= 1", "teacher")
@@ -90,13 +96,19 @@ class Config:
     mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", "student")
     lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", "student")
     lam2: float = opt(0.05, "task loss", ">= 0", "student")
-    early: float = opt(0.25, "first share of the steps, which have the task loss", "> 0 and <= 1", "student")
+    early: float = opt(
+        0.25, "first share of the steps, which have the task loss", "> 0 and <= 1", "student"
+    )
     gamma: float = opt(1.0, "exponent of c_skip", ">= 1", "student")
     distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", "student")
     aa: bool = opt(True, "the Anderson step of Eq. 7", "", "student")
     alpha_grad: bool = opt(False, "gradient through its weights", "", "student")
-    k0: float = opt(0.25, "probability of k = 0; 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", "student")
-    local: str = opt("later", "target of Eq. 10: at k - 1 or at k + 1", "earlier | later", "student")
+    k0: float = opt(
+        0.25, "probability of k = 0; 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", "student"
+    )
+    local: str = opt(
+        "later", "target of Eq. 10: at k - 1 or at k + 1", "earlier | later", "student"
+    )
     rollout: float = opt(1.0, "weight of the loss on the student's own states", ">= 0", "student")
     rollout_max: int = opt(8, "most steps of its own run", ">= 1", "student")
     clip: float = opt(1.0, "gradient norm", "> 0", "both")
@@ -152,9 +164,11 @@ def check(config: Config) -> None:
 def parse(argv: list[str]) -> tuple[Config, Task]:
     """Flags over the recipe over the task's defaults over Config's own."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UsageError(f"{message}; see --help"))
+    parser.error = infer.refuse
     for field in dataclasses.fields(Config):
         allowed = field.metadata["allowed"]
         text = f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}{field.default!r})"
@@ -194,7 +208,9 @@ class Trainer:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log_file = open(self.folder / "log.jsonl", "a")  # noqa: SIM115 (lives as long as the run)
             except OSError as error:
-                raise UsageError(f"--out {self.folder}: cannot write there ({error.strerror})") from error
+                raise UsageError(
+                    f"--out {self.folder}: cannot write there ({error.strerror})"
+                ) from error
         self.log(start=dataclasses.asdict(config), **provenance(), torch=torch.__version__)
 
     def log(self, **line) -> None:
@@ -221,7 +237,9 @@ class Trainer:
                     "choose another --out (for a student, another --name), or delete it"
                 )
 
-    def fit(self, stage, path, module, online, weigh, draw, steps, lr, decay=0.0, ema=None, **extra):
+    def fit(
+        self, stage, path, module, online, weigh, draw, steps, lr, decay=0.0, ema=None, **extra
+    ):
         """The loop (Alg. 2 for the student): draw, loss, gradient, step, EMA; log; save; resume.
 
         module(*draw(step)) gives a dict of loss terms and weigh(terms) their sum; `online` is the
@@ -302,11 +320,15 @@ def train_teacher(run: Trainer) -> Equilibrium:
             generator = run.generator(0, step)
             first = step * config.batch
             rows, _ = positions(len(task.train), first, config.batch, config.seed)
-            x, y = (v.to(run.device) for v in task.train.batch(rows[run.mine]))
+            seeds = config.seed * 10**9 + first + torch.arange(config.batch)
+            views = task.train.batch(rows[run.mine], seeds[run.mine] if config.augment else None)
+            x, y = (v.to(run.device) for v in views)
             probe = None
             if config.jac_weight > 0 and torch.rand((), generator=generator) < config.jac_prob:
                 shape = net.initial(net.inject(x[:1])).shape[1:]
-                probe = torch.randn(config.batch, *shape, generator=generator)[run.mine].to(run.device)
+                probe = torch.randn(config.batch, *shape, generator=generator)[run.mine].to(
+                    run.device
+                )
             return x, y, probe
 
         def weigh(terms: dict[str, Tensor]) -> Tensor:
@@ -327,7 +349,9 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
     config, split = run.config, run.task.train
     solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
     dtype = DTYPES[config.cache_dtype]
-    state = teacher.initial(teacher.inject(split.batch(torch.arange(1))[0].to(run.device))).shape[1:]
+    state = teacher.initial(teacher.inject(split.batch(torch.arange(1))[0].to(run.device))).shape[
+        1:
+    ]
     limits = config.cache_gb, config.disk_gb
     kind, message = trajectories.plan(len(split), state, config.K, dtype, *limits)
     if config.store != "auto":
@@ -344,7 +368,12 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
     if kind == "memory":
         return trajectories.Memory(*common, **options)
     if kind == "disk":
-        binding = {"teacher": fingerprint(teacher), "K": config.K, "z0": config.z0, "split": "train"}
+        binding = {
+            "teacher": fingerprint(teacher),
+            "K": config.K,
+            "z0": config.z0,
+            "split": "train",
+        }
         folder = run.folder / "trajectories"
         return trajectories.Disk(*common, folder=folder, header=binding | solver, **options)
     slots = int(config.cache_gb * 1e9 / ((config.K + 1) * state.numel() * dtype.itemsize))
@@ -448,16 +477,17 @@ def main(argv: list[str]) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
     teacher_ready = finished(run.folder / "teacher.pt", "teacher", config.teacher_steps)
     if config.stage in ("student", "evaluate") and not teacher_ready:
-        raise UsageError(f"--stage {config.stage}: {run.folder} has no finished teacher; train it first")
+        raise UsageError(
+            f"--stage {config.stage}: {run.folder} has no finished teacher; train it first"
+        )
     teacher = train_teacher(run)
     if config.stage in ("all", "student"):
         train_student(run, teacher)
     if config.stage in ("all", "evaluate"):
         opened = infer.open_run(run.folder, config.data, str(run.device))
-        result = infer.report(opened, batch=config.batch)
+        result = compare.report(opened, batch=config.batch)
         if not run.rank:
-            infer.write_report(result, run.folder)
-            print(infer.markdown(result))
+            print(compare.write(result, run.folder / "report"))
     if run.world > 1:
         dist.destroy_process_group()
 

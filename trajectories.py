@@ -105,7 +105,9 @@ class Memory:
     def mine(self, chunks):
         """This rank's share of the work, with a progress bar on rank 0."""
         mine = list(chunks)[self.rank :: self.world]
-        return tqdm(mine, desc="trajectories", unit="chunk", disable=None if not self.rank else True)
+        return tqdm(
+            mine, desc="trajectories", unit="chunk", disable=None if not self.rank else True
+        )
 
     def solve(self, solve: Solve, first: int) -> Tensor:
         """Trajectories of samples first .. first + chunk as stored: (chunk, K + 1, state...)."""

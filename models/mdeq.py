@@ -64,7 +64,9 @@ def transfer(channels: tuple[int, ...], j: int, i: int, groups: int) -> nn.Modul
 class MDEQCell(Cell):
     """f of the multiscale DEQ; u (B, C_0, H, W) is injected into branch 0 alone."""
 
-    def __init__(self, size: tuple[int, int], channels: tuple[int, ...], expansion: int, groups: int):
+    def __init__(
+        self, size: tuple[int, int], channels: tuple[int, ...], expansion: int, groups: int
+    ):
         super().__init__()
         self.channels = channels
         self.shapes = [(size[0] >> i, size[1] >> i, C) for i, C in enumerate(channels)]
@@ -75,7 +77,9 @@ class MDEQCell(Cell):
             nn.ModuleList(transfer(channels, j, i, groups) for j in branches) for i in branches
         )
         self.post = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), conv(channels[i], channels[i], 1), nn.GroupNorm(4, channels[i]))
+            nn.Sequential(
+                nn.ReLU(), conv(channels[i], channels[i], 1), nn.GroupNorm(4, channels[i])
+            )
             for i in branches
         )
 

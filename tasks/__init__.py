@@ -16,16 +16,32 @@ from models import Equilibrium
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs x (N, ...) and labels y (N, ...) held in memory."""
+    """Inputs x (N, ...) and labels y (N, ...) held in memory.
+
+    augment: a random transform of one input, or None.
+    """
 
     x: Tensor
     y: Tensor
+    augment: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[rows], self.y[rows]
+    def batch(self, rows: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and y of these samples; augmented, each from its own seed, where seeds (B,) are given.
+
+        A seed per sample, not per batch, makes the images the same on any number of ranks.
+        """
+        x, y = self.x[rows], self.y[rows]
+        if self.augment is None or seeds is None:
+            return x, y
+        with torch.random.fork_rng(devices=[]):
+            views = []
+            for image, seed in zip(x, seeds.tolist(), strict=True):
+                torch.manual_seed(seed)
+                views.append(self.augment(image))
+        return torch.stack(views), y
 
 
 @dataclass(frozen=True)

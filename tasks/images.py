@@ -23,18 +23,28 @@ def digits(data: Path) -> Task:
     """The embedded default task; `data` is not used."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+    from torchvision.transforms import v2
 
     images, labels = load_digits(return_X_y=True)
-    rest, test = train_test_split(range(len(labels)), test_size=500, random_state=0, stratify=labels)
+    rest, test = train_test_split(
+        range(len(labels)), test_size=500, random_state=0, stratify=labels
+    )
     train, valid = train_test_split(rest, test_size=200, random_state=0, stratify=labels[rest])
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1  # ink 0..16 to -1..1
     y = torch.tensor(labels)
+    jitter = v2.RandomAffine(
+        degrees=10,
+        translate=(0.06, 0.06),
+        scale=(0.9, 1.1),
+        interpolation=v2.InterpolationMode.BILINEAR,
+        fill=-1,
+    )
     presets = tuple(name for name in PRESETS if name.startswith("digits"))
     return Task(
         name="digits",
         metric="accuracy",
         higher_is_better=True,
-        train=Split(x[train], y[train]),
+        train=Split(x[train], y[train], jitter),
         valid=Split(x[valid], y[valid]),
         test=Split(x[test], y[test]),
         network=lambda preset: MDEQ(**PRESETS[preset]),

@@ -1,0 +1,372 @@
+r"""Side by side: every method at equal NFE, over seeds, with time; ablations; speed.
+
+    python compare.py --task digits --seeds 0 1 2          main table  -> results/digits.json
+    python compare.py --task digits --seeds 0 1 2 --ablation           -> results/digits-ablation.json
+    python compare.py --speed                              ratios      -> results/speed.json
+
+Each run that is missing is trained first, by the train.py command that the JSON names. Beside every
+JSON stand the same numbers as a Markdown table and a figure. Times are medians of methods that take
+turns in one process, so that a busy machine slows them alike. What was not measured stays empty.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import infer
+from anderson import Counter, anderson, picard
+from checkpoint import UsageError, atomic, plain_errors, provenance, versions
+from infer import NFES, Method, Run, cdeq
+from tasks.images import TASKS
+
+# Fig. 3, and each ingredient of the default recipe removed in turn.
+ABLATIONS = {
+    "no-k0": ["--k0", "0"],
+    "no-rollout": ["--rollout", "0"],
+    "local-earlier": ["--local", "earlier"],
+    "no-local": ["--lam1", "1"],
+    "no-task": ["--lam2", "0"],
+    "no-augmentation": ["--p_aug", "0"],
+    "no-anderson": ["--no-aa"],
+}
+
+
+def methods(run: Run) -> dict[str, tuple[Method, Counter]]:
+    """Every solver of a run behind one signature, each with the counter of its evaluations."""
+    table: dict[str, tuple[Method, Counter]] = {}
+    for name, solver, options in (("picard", picard, {}), ("anderson", anderson, run.solver())):
+        f = Counter(run.teacher.f)
+
+        def classical(z0, u, nfe, last=False, f=f, solver=solver, options=options):
+            dims = run.teacher.sample_dims
+            return solver(lambda z: f(z, u), z0, nfe, last=last, sample_dims=dims, **options)
+
+        table[name] = classical, f
+    for name, (student, decay) in run.students.items():
+        table[label(name)] = infer.counted(student, decay)
+    return table
+
+
+def label(student: str) -> str:
+    """The method's name in tables: cdeq for the default recipe's student."""
+    return f"cdeq-{student}" if student else "cdeq"
+
+
+@torch.no_grad()
+def seconds(run: Run, table: dict, nfes=NFES, batch: int = 128, repeats: int = 5) -> dict:
+    """Median seconds from the injected input to the logits of one batch, by (method, NFE)."""
+    rows = torch.arange(min(batch, len(run.task.test)))
+    u = run.teacher.inject(run.task.test.batch(rows)[0].to(run.device))
+    z0 = run.teacher.initial(u)
+
+    def go(method: Method, nfe: int) -> Callable[[], object]:
+        return lambda: run.teacher.head(method(z0, u, nfe, last=True))
+
+    jobs = {(name, nfe): go(table[name][0], nfe) for name in table for nfe in nfes}
+    return {key: statistics.median(t) for key, t in interleaved(jobs, repeats, run.device).items()}
+
+
+def interleaved(jobs: dict, repeats: int, device: torch.device) -> dict[object, list[float]]:
+    """Seconds of each job, all jobs taking turns within each of the repeats; one round warms up."""
+    spent: dict = {key: [] for key in jobs}
+    for repeat in range(repeats + 1):
+        for key, job in jobs.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            job()
+            synchronize(device)
+            if repeat:
+                spent[key].append(time.perf_counter() - begin)
+    return spent
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def report(run: Run, nfes=NFES, split: str = "test", batch: int = 128) -> dict:
+    """Evaluates every method of a run; the form of report.json and of results/."""
+    table, rank = methods(run), infer.ranks()[0]
+    data = getattr(run.task, split)
+    teacher = infer.evaluate(run, *table["anderson"], data, (run.config["K"],), batch)[0]
+    bar = tqdm(table, desc=f"evaluate ({split})", disable=None if rank == 0 else True)
+    rows = {name: infer.evaluate(run, *table[name], data, nfes, batch) for name in bar}
+    spent = seconds(run, table, nfes, batch)
+    parameters = sum(p.numel() for p in run.teacher.parameters())
+    students = {label(name): student for name, (student, _) in run.students.items()}
+
+    def size(name: str) -> int:
+        return sum(p.numel() for p in students[name].parameters()) if name in students else 0
+
+    return {
+        "task": run.task.name,
+        "metric": run.task.metric,
+        "higher_is_better": run.task.higher_is_better,
+        "split": split,
+        "seeds": [run.config["seed"]],
+        **provenance(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+        "dtype": run.config["dtype"],
+        "batch": batch,
+        "teacher": {**teacher, "params": parameters},
+        "rows": [
+            {"method": name, **row, "std": None, "n": 1}
+            | {"seconds_per_batch": spent[name, row["nfe"]], "peak_memory_bytes": None}
+            | {"params": parameters + size(name)}
+            for name in table
+            for row in rows[name]
+        ],
+        "decay": {label(name): [decay] for name, (_, decay) in run.students.items()},
+    }
+
+
+def merge(reports: list[dict]) -> dict:
+    """One report over seeds: means of every number, the metric's std (n - 1) and n."""
+    result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
+    result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
+    measured = ("value", "nll", "residual", "distance", "seconds_per_batch")
+
+    def mean(rows: list[dict]) -> dict:
+        means = {key: statistics.fmean(r[key] for r in rows) for key in measured if key in rows[0]}
+        values = [r["value"] for r in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return {**rows[0], **means, "std": spread, "n": len(rows)}
+
+    result["teacher"] = mean([r["teacher"] for r in reports])
+    result["rows"] = [mean(list(rows)) for rows in zip(*(r["rows"] for r in reports), strict=True)]
+    result["decay"] = {
+        name: [base for r in reports for base in r["decay"][name]] for name in result["decay"]
+    }
+    return result
+
+
+def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_batch")) -> str:
+    """The report as tables: a row per method, a column per NFE."""
+    nfes = sorted({row["nfe"] for row in result["rows"]})
+    cells = {(row["method"], row["nfe"]): row for row in result["rows"]}
+    teacher = result["teacher"]
+    titles = {
+        "value": f"{result['metric']}, {result['split']} split",
+        "distance": "distance to the equilibrium, |z - z*| / |z*|",
+        "residual": "relative residual, |f(z) - z| / |z|",
+        "seconds_per_batch": f"seconds per batch of {result['batch']}, {result['device']}",
+    }
+    seeds = ", ".join(map(str, result["seeds"]))
+    lines = [
+        f"# {result['task']} by NFE",
+        "",
+        f"Teacher, converged (Anderson, NFE {teacher['nfe']}): {teacher['value']:.2f}"
+        f"{spread(teacher)}, relative residual {teacher['residual']:.1e}. Seeds {seeds}.",
+        f"`{result['command']}` at commit {result['commit'][:12]}.",
+    ]
+    for key in keys:
+        lines += ["", f"## {titles[key]}", "", "| method | " + " | ".join(map(str, nfes)) + " |"]
+        lines.append("|---" * (len(nfes) + 1) + "|")
+        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+            row = [number(cells[method, nfe], key) for nfe in nfes]
+            lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def number(row: dict, key: str) -> str:
+    return f"{row['value']:.2f}{spread(row)}" if key == "value" else f"{row[key]:.4f}"
+
+
+def spread(row: dict) -> str:
+    return f" ± {row['std']:.2f}" if row.get("std") is not None else ""
+
+
+def figure(result: dict, path: Path) -> None:
+    """Metric and relative residual (Fig. 2's axes) against NFE, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
+        for axis, key in ((left, "value"), (right, "residual")):
+            axis.plot([r["nfe"] for r in rows], [r[key] for r in rows], label=method, **style)
+    converged = result["teacher"]["value"]
+    left.axhline(converged, color="gray", linewidth=1, label="teacher, converged")
+    left.set(ylabel=f"{result['split']} {result['metric']}")
+    right.set(ylabel="relative residual |f(z) - z| / |z|", yscale="log")
+    for axis in (left, right):
+        ticks = sorted({row["nfe"] for row in result["rows"]})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set(xlabel="evaluations of f (NFE)")
+        axis.grid(alpha=0.3)
+    left.legend()
+    canvas.suptitle(f"{result['task']}, seeds {result['seeds']}")
+    with atomic(path) as file:
+        canvas.savefig(file, format="png", dpi=120)
+    pyplot.close(canvas)
+
+
+def write(result: dict, stem: Path, **options) -> str:
+    """STEM.json, STEM.md and STEM.png; returns the Markdown."""
+    text = markdown(result, **options)
+    for suffix, contents in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
+        with atomic(stem.with_suffix(suffix)) as file:
+            file.write(contents.encode())
+    figure(result, stem.with_suffix(".png"))
+    return text
+
+
+def train(*flags: str) -> None:
+    """Runs train.py as its own process, as a user would; a finished stage returns at once."""
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
+    print("running: python train.py", *flags, file=sys.stderr, flush=True)
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise UsageError(f"train.py {' '.join(flags)} ended with exit code {code}, see its message")
+
+
+def table_over_seeds(task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str]):
+    """Trains what is missing and reports the named students of every seed in one table."""
+    reports = []
+    for seed in seeds:
+        folder = Path(f"runs/{task}-seed{seed}")
+        base = ["--task", task, "--seed", str(seed), "--out", str(folder), *extra]
+        for name, flags in variants.items():
+            for stage in ("teacher", "student"):
+                named = ["--name", name] if name not in ("", "paper") else []
+                train(*base, "--stage", stage, *flags, *named)
+        run = infer.open_run(folder, names=tuple(variants))
+        missing = set(variants) - set(run.students)
+        if missing:
+            raise UsageError(f"{folder}: no finished student {', '.join(sorted(missing))}")
+        reports.append(report(run))
+    return merge(reports)
+
+
+def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> dict:
+    """Seconds per step without f of our Anderson and torchdeq's, m = 6, side by side."""
+    from torchdeq.solver.anderson import anderson_solver
+
+    buffers = [torch.randn(shape) for _ in range(3)]  # an f that costs nothing: ready-made answers
+    calls = Counter(lambda z: buffers[calls.nfe % 3])
+    z0 = torch.zeros(shape)
+    jobs = {
+        "ours": lambda: anderson(calls, z0, K, m=6, last=True),
+        "torchdeq": lambda: anderson_solver(calls, z0, max_iter=K, m=6, tol=0.0, return_final=True),
+    }
+    spent = interleaved(jobs, repeats, z0.device)
+    per_step = {key: statistics.median(times) / K for key, times in spent.items()}
+    assert calls.nfe == 2 * K * (repeats + 1)
+    return {
+        "shape": list(shape),
+        "seconds_per_step": per_step,
+        "ratio": per_step["ours"] / per_step["torchdeq"],
+        "passes_floor_seconds": 19 * copy_seconds(shape) / 2,  # 2m + 7 passes; a copy makes two
+    }
+
+
+def copy_seconds(shape: tuple[int, int], repeats: int = 5) -> float:
+    """Seconds to copy one state: one read and one write of it."""
+    a, b = torch.randn(shape), torch.empty(shape)
+    return statistics.median(interleaved({"": lambda: b.copy_(a)}, repeats, a.device)[""])
+
+
+def window_memory(m: int = 6, n: int = 8_000_000) -> float:
+    """Peak memory of a solve beyond z_0 and f's own, in states. Linux, in a fresh process."""
+    z0, out = torch.ones(1, n), torch.ones(1, n)  # written, so that their pages are there
+    anderson(lambda z: z * 0.5, torch.zeros(1, 8), 3)  # libraries load outside the measurement
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    anderson(lambda z: torch.mul(z, 0.5, out=out), z0, 3 * m, m=m, last=True)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n)
+
+
+@torch.no_grad()
+def student_overhead(batch: int = 128, repeats: int = 40) -> list[dict]:
+    """J-step inference against J bare evaluations of f: the ratio of their seconds."""
+    task = TASKS["digits"](Path("data"))
+    net = task.network(task.presets[0]).eval()
+    config = dict(K=20, eps=0.002, T=5.0, gamma=1.0, aa=True, alpha_grad=False)
+    student = infer.build_student(net, config, rho=0.19).eval()
+    u = net.inject(task.train.batch(torch.arange(batch))[0])
+    z0 = net.initial(u)
+
+    def bare(J: int) -> Tensor:
+        z = z0
+        for _ in range(J):
+            z = net.f(z, u)
+        return z
+
+    rows = []
+    for J in (1, 2, 8):
+        jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
+        spent = {
+            key: statistics.median(t) for key, t in interleaved(jobs, repeats, z0.device).items()
+        }
+        rows.append({"J": J, "batch": batch, "seconds": spent, "ratio": spent["cdeq"] / spent["f"]})
+    return rows
+
+
+def speed() -> dict:
+    """Everything measured as a ratio: solver overhead, window memory, the student's step."""
+    torch.set_num_threads(2)
+    here = str(Path(__file__).parent)
+    code = "import compare; print(compare.window_memory())"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
+    result["window_memory_states"] = {"m": 6, "states": float(fresh.stdout)}
+    result["student_step"] = student_overhead()
+    try:
+        shapes = ((32, 188_160), (1, 21_700_000))
+        result["solver_overhead"] = [solver_overhead(shape) for shape in shapes]
+    except ModuleNotFoundError:
+        result["solver_overhead"] = None
+        print('torchdeq is missing (pip install ".[peers]"): not compared', file=sys.stderr)
+    return result
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = infer.refuse
+    add = parser.add_argument
+    add("--task", choices=tuple(TASKS), default="digits")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
+    add("--speed", action="store_true", help="overheads as ratios, side by side")
+    add(
+        "--results", type=Path, default=Path("results"), help="folder of the JSON, table and figure"
+    )
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
+    args = parser.parse_args(argv)
+    if args.speed:
+        result = speed()
+        with atomic(args.results / "speed.json") as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+        print(json.dumps(result, indent=1))
+    elif args.ablation:
+        result = table_over_seeds(args.task, args.seeds, {"": []} | ABLATIONS, args.flags)
+        print(write(result, args.results / f"{args.task}-ablation", keys=("value", "distance")))
+    else:
+        variants = {"": [], "paper": ["--recipe", "paper"]}
+        result = table_over_seeds(args.task, args.seeds, variants, args.flags)
+        print(write(result, args.results / args.task))
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(sys.argv[1:])
