@@ -119,16 +119,17 @@ def two_point(
     (d = 0) falls back to the plain step h_new. No gradient flows through it unless `alpha_grad`.
     """
     with torch.set_grad_enabled(alpha_grad and torch.is_grad_enabled()):
-        r_new, r_old = h_new - z_new, h_old - z_old
-        d = r_new - r_old
-
-        def dot(a: Tensor, b: Tensor) -> Tensor:
-            dims = tuple(range(sample_dims, a.dim()))
-            return (a * b).sum(dims, keepdim=True, dtype=accumulator(a))
-
-        sizes = dot(r_new, r_new) + dot(r_old, r_old)
-        a_old = dot(r_new, d) / (dot(d, d) + ridge * sizes + torch.finfo(sizes.dtype).tiny)
-    return h_new + a_old.to(h_new.dtype) * (h_old - h_new)  # Eq. 7
+        r_new = h_new - z_new
+        d = r_new - (h_old - z_old)
+        # One small Gram matrix gives every inner product. It is of r_new and d, not of the two
+        # residuals: |d|^2 by difference would not be zero for a repeated state.
+        V = torch.stack([r_new, d], dim=sample_dims).flatten(sample_dims + 1).to(accumulator(d))
+        gram = V @ V.mT
+        new, cross, step = gram[..., 0, 0], gram[..., 0, 1], gram[..., 1, 1]
+        sizes = 2 * (new - cross) + step  # |r_new|^2 + |r_old|^2
+        a_old = cross / (step + ridge * sizes + torch.finfo(gram.dtype).tiny)
+        a_old = a_old.to(h_new.dtype).view(*a_old.shape, *[1] * (h_new.dim() - sample_dims))
+    return torch.lerp(h_new, h_old, a_old)  # Eq. 7
 
 
 def accumulator(z: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 r"""Side by side: every method at equal NFE, over seeds, with time; ablations; speed.
 
     python compare.py --task digits --seeds 0 1 2          main table  -> results/digits.json
-    python compare.py --task digits --seeds 0 1 2 --ablation           -> results/digits-ablation.json
+    python compare.py --task digits --seeds 0 1 2 --ablation  -> digits-ablation.json
     python compare.py --speed                              ratios      -> results/speed.json
 
 Each run that is missing is trained first, by the train.py command that the JSON names. Beside every

@@ -16,7 +16,6 @@ states that the student itself reached, which is where multi-step inference asks
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anderson import anderson
@@ -115,7 +114,7 @@ class TeacherLoss(nn.Module):
         self.net, self.steps, self.phantom, self.tau, self.solver = net, steps, phantom, tau, solver
 
     def forward(self, x: Tensor, y: Tensor, probe: Tensor | None) -> dict[str, Tensor]:
-        """probe (B, state...): Gaussian direction of the Jacobian estimate, None to leave it out."""
+        """probe (B, state...): direction of the Jacobian estimate, or None for no estimate."""
         net = self.net
         u = net.inject(x)
         z = anderson(

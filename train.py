@@ -46,9 +46,12 @@ from tasks.images import TASKS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def opt(default, help: str, allowed: str = "", group: str = "run"):
-    """A Config field. allowed: "a | b" or bounds like ">= 1 and < 5". group: which checkpoint the
-    value is part of (teacher, student, or both), or only this start of the command (run)."""
+TEACHER, STUDENT, BOTH, RUN = "teacher", "student", "both", "run"
+
+
+def opt(default, help: str, allowed: str = "", group: str = RUN):
+    """A Config field. allowed: "a | b", or bounds such as ">= 1 and < 5". group: the checkpoints
+    that the value is part of; RUN: it may change when a run continues."""
     return dataclasses.field(
         default=default, metadata=dict(help=help, allowed=allowed, group=group)
     )
@@ -58,72 +61,64 @@ def opt(default, help: str, allowed: str = "", group: str = "run"):
 class Config:
     """Everything a run depends on; every field is a flag, saved in each checkpoint."""
 
-    task: str = opt("digits", "data set", " | ".join(TASKS), "both")
-    preset: str = opt("", "network size; empty: the task's first", "", "both")
-    seed: int = opt(0, "of weights, data order and every draw", ">= 0", "both")
-    dtype: str = opt(
-        "fp32", "of the networks; solves, times and losses stay fp32", "fp32 | bf16", "both"
-    )
-    batch: int = opt(128, "global batch size, all ranks together", ">= 1", "both")
+    task: str = opt("digits", "data set", " | ".join(TASKS), BOTH)
+    preset: str = opt("", "network size; empty: the task's first", "", BOTH)
+    seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
+    dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
+    batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
+    clip: float = opt(1.0, "gradient norm", "> 0", BOTH)
     # Anderson acceleration of the teacher (Alg. 3)
-    m: int = opt(6, "states in the window", ">= 1", "both")
-    beta: float = opt(1.0, "mixing", "> 0 and <= 1", "both")
-    ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", "both")
+    m: int = opt(6, "states in the window", ">= 1", BOTH)
+    beta: float = opt(1.0, "mixing", "> 0 and <= 1", BOTH)
+    ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
     # The teacher
-    teacher_steps: int = opt(540, "updates of the teacher", ">= 1", "teacher")
-    teacher_lr: float = opt(3e-3, "peak learning rate, cosine to 0", "> 0", "teacher")
-    teacher_decay: float = opt(1e-2, "AdamW weight decay", ">= 0", "teacher")
-    augment: bool = opt(True, "random views of the inputs", "", "teacher")
-    solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", "teacher")
-    phantom: int = opt(3, "differentiable steps after it", ">= 1 and <= 5", "teacher")
-    tau: float = opt(0.8, "their damping", "> 0 and <= 1", "teacher")
-    jac_weight: float = opt(1.0, "of the Jacobian regularisation; 0: off", ">= 0", "teacher")
-    jac_prob: float = opt(0.4, "share of the updates that have it", ">= 0 and <= 1", "teacher")
+    teacher_steps: int = opt(720, "updates", ">= 1", TEACHER)
+    teacher_lr: float = opt(3e-3, "peak learning rate of AdamW, cosine to 0", "> 0", TEACHER)
+    teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
+    augment: bool = opt(True, "random views of the inputs", "", TEACHER)
+    solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
+    phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
+    tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
+    jac_weight: float = opt(0.01, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
+    jac_prob: float = opt(0.2, "share of the updates that have it", ">= 0 and <= 1", TEACHER)
     # Trajectories (Alg. 4, Eqs. 6 and 13)
-    K: int = opt(20, "solver steps of a trajectory", ">= 2", "student")
-    z0: str = opt("zeros", "initial state", "zeros | normal", "student")
-    p_aug: float = opt(0.1, "probability of z_k <- z_K", ">= 0 and <= 1", "student")
-    k_min: int = opt(1, "first step that may be replaced", ">= 1", "student")
-    k_tail: int = opt(3, "steps before K that are kept", ">= 0", "student")
-    rho: float = opt(0.0, "rate of the clock; 0: measured", ">= 0", "student")
-    eps: float = opt(0.002, "first time", ">= 0", "student")
-    T: float = opt(5.0, "last time", "> 0", "student")
+    K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
+    z0: str = opt("zeros", "initial state", "zeros | normal", STUDENT)
+    p_aug: float = opt(0.1, "probability of z_k <- z_K", ">= 0 and <= 1", STUDENT)
+    k_min: int = opt(1, "first step that may be replaced", ">= 1", STUDENT)
+    k_tail: int = opt(3, "steps before K that are kept", ">= 0", STUDENT)
+    rho: float = opt(0.0, "rate of the clock; 0: measured", ">= 0", STUDENT)
+    eps: float = opt(0.002, "first time", ">= 0", STUDENT)
+    T: float = opt(5.0, "last time", "> 0", STUDENT)
     # The student and its losses (Alg. 2)
-    recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", "student")
-    name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", "student")
-    student_steps: int = opt(600, "updates of the student", ">= 1", "student")
-    student_lr: float = opt(1e-3, "peak learning rate of Adam, cosine to 0", "> 0", "student")
-    mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", "student")
-    lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", "student")
-    lam2: float = opt(0.05, "task loss", ">= 0", "student")
-    early: float = opt(
-        0.25, "first share of the steps, which have the task loss", "> 0 and <= 1", "student"
-    )
-    gamma: float = opt(1.0, "exponent of c_skip", ">= 1", "student")
-    distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", "student")
-    aa: bool = opt(True, "the Anderson step of Eq. 7", "", "student")
-    alpha_grad: bool = opt(False, "gradient through its weights", "", "student")
-    k0: float = opt(
-        0.25, "probability of k = 0; 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", "student"
-    )
-    local: str = opt(
-        "later", "target of Eq. 10: at k - 1 or at k + 1", "earlier | later", "student"
-    )
-    rollout: float = opt(1.0, "weight of the loss on the student's own states", ">= 0", "student")
-    rollout_max: int = opt(8, "most steps of its own run", ">= 1", "student")
-    clip: float = opt(1.0, "gradient norm", "> 0", "both")
+    recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", STUDENT)
+    name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
+    student_steps: int = opt(600, "updates", ">= 1", STUDENT)
+    student_lr: float = opt(1e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
+    mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
+    lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", STUDENT)
+    lam2: float = opt(0.05, "task loss", ">= 0", STUDENT)
+    early: float = opt(0.25, "first share of steps, with task loss", "> 0 and <= 1", STUDENT)
+    gamma: float = opt(1.0, "exponent of c_skip", ">= 1", STUDENT)
+    distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", STUDENT)
+    aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
+    alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
+    k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
+    local: str = opt("later", "target of Eq. 10, k - 1 or k + 1", "earlier | later", STUDENT)
+    rollout: float = opt(1.0, "weight of the loss on own states", ">= 0", STUDENT)
+    rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
     # Storage
     store: str = opt("auto", "of trajectories", "auto | memory | disk | rolling")
     cache_gb: float = opt(4.0, "memory for trajectories, GB per process", "> 0")
     disk_gb: float = opt(50.0, "disk for trajectories, GB", ">= 0")
-    cache_dtype: str = opt("fp32", "of stored states", "fp32 | bf16", "student")
+    cache_dtype: str = opt("fp32", "of stored states", "fp32 | bf16", STUDENT)
     chunk: int = opt(128, "samples solved together, and per shard", ">= 1")
     reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
     # This start of the command
     stage: str = opt("all", "what to do", "all | teacher | student | evaluate")
     data: str = opt("data", "folder of the data sets")
     out: str = opt("", "run folder; empty: runs/TASK")
-    device: str = opt("auto", "auto, cpu, cuda")
+    device: str = opt("auto", "auto, cpu or cuda")
     compile: bool = opt(False, "torch.compile the cells")
     save_every: int = opt(50, "updates between checkpoints", ">= 1")
     log_every: int = opt(20, "updates between log lines", ">= 1")
@@ -228,7 +223,7 @@ class Trainer:
         return torch.Generator().manual_seed((2 * self.config.seed + stage) * 10**9 + step)
 
     def bind(self, path: Path, saved: dict, *groups: str) -> None:
-        """UsageError where a checkpoint was made with other values of the fields of these groups."""
+        """UsageError where a checkpoint was made with other values in these groups."""
         for field in dataclasses.fields(Config):
             old, new = saved.get(field.name), getattr(self.config, field.name)
             if field.metadata["group"] in groups and old != new:
@@ -251,7 +246,7 @@ class Trainer:
         start = 0
         if path.exists():
             saved = load(path, stage)
-            self.bind(path, saved["config"], stage, "both")
+            self.bind(path, saved["config"], stage, BOTH)
             online.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             if ema is not None:
@@ -279,8 +274,8 @@ class Trainer:
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise UsageError(
-                        f"{stage}: the {name} loss is {value} at step {step}; {path} keeps the last "
-                        "good state (if any); a lower learning rate may help"
+                        f"{stage}: the {name} loss is {value} at step {step}; {path} keeps the "
+                        "last good state (if any); a lower learning rate may help"
                     )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -338,7 +333,7 @@ def train_teacher(run: Trainer) -> Equilibrium:
         run.fit("teacher", path, module, net.train(), weigh, draw, steps, lr, decay)
         barrier(run)
     saved = load(path, "teacher")
-    run.bind(path, saved["config"], "teacher", "both")
+    run.bind(path, saved["config"], TEACHER, BOTH)
     net = task.network(config.preset)
     net.load_state_dict(saved["model"])
     return net.to(run.device).eval().requires_grad_(False)
@@ -392,10 +387,10 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     """Consistency distillation, Alg. 2."""
     config, path = run.config, infer.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
-        run.bind(path, load(path, "student")["config"], "student", "both")
+        run.bind(path, load(path, "student")["config"], STUDENT, BOTH)
         return
     store = make_store(run, teacher)
-    x, _, rows = store.batch(0)
+    rows = store.batch(0)[2]
     every = torch.arange(config.K + 1).expand(len(rows), -1)
     rate = contraction(torch.stack(store.states(rows, every)).float(), teacher.sample_dims)
     rho = config.rho or propose_rho(rate, config.K)

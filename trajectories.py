@@ -203,7 +203,7 @@ class Rolling(Memory):
         if slots < reuse:
             raise UsageError(
                 f"a rolling store needs room for --reuse = {reuse} trajectories at least, the "
-                f"budget holds {slots}: raise --cache-gb or lower --reuse"
+                f"budget holds {slots}: raise --cache_gb or lower --reuse"
             )
         self.solver, self.reuse = solve, reuse
         self.live: list[int | None] = [None] * reuse

@@ -12,6 +12,8 @@ State: (B, n), all branches flattened channels-last and joined, finest first. A 
 view (B, H, W, C) for the student's W and t, and a channels-last image for the convolutions.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -157,7 +159,7 @@ class MDEQ(Equilibrium):
         self.increase = nn.ModuleList(Bottleneck(c_in, c, groups) for c_in, c in pairs)
         self.down = nn.ModuleList(
             nn.Sequential(conv(a, b, 3, 2, bias=True), nn.GroupNorm(groups, b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.last = nn.Sequential(
             *(conv(widths[-1], final, 1, bias=True), nn.GroupNorm(groups, final), nn.ReLU()),

@@ -1,0 +1,104 @@
+"""Shared by the tests: a tiny network, a tiny run, and commands as a user types them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from fpode import TimeMap
+from models import Cell, Equilibrium
+from models.mdeq import MDEQ
+from student import Student
+
+ROOT = Path(__file__).parents[1]
+# A whole run in a second or two: every stage, every file, no quality.
+TINY = (
+    "--task digits --teacher_steps 6 --student_steps 6 --batch 16 --K 5 --solver_steps 3 "
+    "--phantom 1 --save_every 2 --log_every 2 --chunk 400 --device cpu"
+).split()
+
+
+class TanhCell(Cell):
+    """f(z, u) = tanh(A z + u) with |A| = 0.6: contracts, and everything about it is known."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.channels = (n,)
+        A = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+        self.A = torch.nn.Parameter(0.6 * A / torch.linalg.matrix_norm(A, 2))
+
+    def forward(self, z, u):
+        return torch.tanh(z @ self.A.T + u)
+
+
+class TanhNet(Equilibrium):
+    """The smallest equilibrium model: x is the injection, the state is the logits."""
+
+    def __init__(self, n: int = 5):
+        super().__init__()
+        self.cell = TanhCell(n)
+
+    def inject(self, x):
+        return x
+
+    def initial(self, u):
+        return torch.zeros_like(u)
+
+    def head(self, z):
+        return z
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def net():
+    """A two-branch MDEQ with random weights whose equilibrium is not trivial."""
+    torch.manual_seed(0)
+    return MDEQ((1, 8, 8), 10, channels=(8, 8), head=(4, 4), final=16).eval()
+
+
+@pytest.fixture
+def student(net):
+    return Student(net, TimeMap(rho=0.3, K=6))
+
+
+@pytest.fixture
+def batch(net):
+    """u and a teacher trajectory (7, 4, n) of random images."""
+    torch.manual_seed(1)
+    u = net.inject(torch.randn(4, 1, 8, 8)).detach()
+    z = train.trajectories.anderson(lambda z: net.f(z, u), net.initial(u), 6)
+    return u, z
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished run folder of the TINY settings with both recipes' students."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train.main([*TINY, "--out", str(folder)])
+    train.main([*TINY, "--out", str(folder), "--recipe", "paper"])
+    return folder
+
+
+def command(*arguments: str, processes: int = 1, **options) -> subprocess.CompletedProcess:
+    """Runs a script of the repository as a user would, on one process or under torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
+    )

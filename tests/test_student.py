@@ -1,0 +1,182 @@
+"""The student and its losses against the equations."""
+
+import copy
+
+import pytest
+import torch
+
+from anderson import Counter, anderson
+from fpode import TimeMap
+from losses import Distillation, TeacherLoss, distance, run, total
+from student import Student, update_ema
+from .conftest import TanhNet
+
+
+def test_a_fresh_student_is_one_anderson_step_of_the_teacher(net, student, batch):
+    """Eqs. 7, 8 with W = [I | 0] against Eqs. 3, 4 with two states."""
+    u, _ = batch
+    z = anderson(lambda z: net.f(z, u), net.initial(u), 2, m=2)
+    t = student.times.t(torch.tensor([0, 1]))
+    h_prev = student.h(z[0], t[:1], u)
+    g, _ = student.step(z[1], t[1:], u, (z[0], h_prev))
+    c_skip = student.times.s(t[1:])
+    assert torch.allclose(g, c_skip * z[1] + (1 - c_skip) * z[2], atol=1e-5)
+
+
+def test_the_student_is_the_identity_at_the_terminal_time(net, student, batch):
+    """Eq. 5: c_skip(T) = 1."""
+    u, z = batch
+    T = torch.full((4,), student.times.T)
+    assert torch.allclose(student.g(z[3], z[2], T, T, u), z[3], atol=1e-6)
+
+
+def test_boundary_coefficients_follow_gamma(net, batch):
+    """Eq. 5: c_skip = s^gamma, c_out = 1 - s^gamma."""
+    u, z = batch
+    for gamma in (1.0, 2.0):
+        student = Student(net, TimeMap(rho=0.3, K=6), gamma=gamma, anderson=False)
+        t = student.times.t(torch.tensor([2]))
+        s = student.times.s(t) ** gamma
+        expected = s * z[2] + (1 - s) * net.f(z[2], u)
+        assert torch.allclose(student.step(z[2], t, u)[0], expected, atol=1e-5)
+
+
+def test_w_acts_on_channels_and_t_is_broadcast(net, student, batch):
+    """Eq. 8 against a literal concatenation [f || t] for every branch."""
+    u, z = batch
+    torch.manual_seed(3)
+    for p in (*student.W.parameters(), *student.w_t.parameters()):
+        torch.nn.init.normal_(p)
+    t = student.times.t(torch.tensor([0, 1, 2, 3]))
+    s = student.times.s(t)
+    expected = []
+    for v, W, w_t in zip(net.features(net.f(z[1], u)), student.W, student.w_t, strict=True):
+        both = torch.cat([v, s.view(4, 1, 1, 1).expand(*v.shape[:3], 1)], dim=3)
+        expected.append(both @ torch.cat([W.weight, w_t[:, None]], 1).T + W.bias)
+    assert torch.allclose(student.h(z[1], t, u), net.cell.join(expected), atol=1e-5)
+
+
+def test_without_history_is_a_repeated_state(student, batch):
+    """Alg. 1, l. 1: at k = 0, P = h; z_{-1} = z_0 gives the same."""
+    u, z = batch
+    t = torch.zeros(4) + student.times.eps
+    assert torch.allclose(student.g(z[0], z[0], t, t, u), student.step(z[0], t, u)[0], atol=1e-6)
+
+
+def test_features_and_join_are_inverse_views(net, batch):
+    _, z = batch
+    branches = net.features(z[2])
+    assert [tuple(v.shape) for v in branches] == [(4, 8, 8, 8), (4, 4, 4, 8)]
+    assert torch.equal(net.cell.join(branches), z[2])
+    assert branches[0].data_ptr() == z[2].data_ptr()
+
+
+def test_ema_moves_by_one_minus_mu(student):
+    ema = copy.deepcopy(student)
+    before = ema.W[0].weight.clone()
+    torch.nn.init.ones_(student.W[0].weight)
+    update_ema(ema, student, 0.9)
+    assert torch.allclose(ema.W[0].weight, 0.9 * before + 0.1, atol=1e-6)
+
+
+def test_distance_is_relative_per_sample_and_branch(net, batch):
+    """A tenth of each state costs 0.01 in every branch, whatever the states' scales."""
+    _, z = batch
+    assert torch.allclose(distance(1.1 * z[6], z[6], net.cell), torch.full((4,), 0.01), atol=1e-5)
+    scaled = net.cell.join([v * c for v, c in zip(net.features(z[6]), (1e3, 1e-3), strict=True)])
+    assert torch.allclose(
+        distance(1.1 * scaled, scaled, net.cell), torch.full((4,), 0.01), atol=1e-5
+    )
+
+
+def test_huber_is_quadratic_for_small_and_linear_for_large_errors(net, batch):
+    _, z = batch
+    small, one, two = (
+        distance((1 + c) * z[6], z[6], net.cell, "huber").mean() for c in (0.001, 10.0, 20.0)
+    )
+    assert small.item() == pytest.approx(1e-6, rel=0.05)
+    assert (two / one).item() == pytest.approx(2.0, rel=0.02)
+
+
+def test_total_weighs_the_terms():
+    """Eq. 11."""
+    terms = {name: torch.tensor(v) for name, v in zip(("global", "local", "task"), (1.0, 2.0, 4.0))}
+    assert total(terms, lam1=0.8, lam2=0.05, rollout=1.0).item() == pytest.approx(0.8 + 0.4 + 0.2)
+
+
+def test_loss_terms_are_the_equations(net, student, batch):
+    """Eqs. 9, 10, 14 written out for one batch with mixed k."""
+    u, z = batch
+    x = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        u = net.inject(x)
+    k, j = torch.tensor([0, 1, 2, 5]), torch.tensor([1, 2, 3, 6])
+    ema = copy.deepcopy(student)
+    torch.nn.init.normal_(ema.W[0].weight, std=0.3)
+    module = Distillation(net, student, ema)
+    pick = lambda steps: z[steps.clamp(min=0), torch.arange(4)]  # noqa: E731
+    states = (pick(k - 1), pick(k), pick(j - 1), pick(j), z[6])
+    y = torch.tensor([1, 2, 3, 4])
+    early = torch.tensor([2.0, 2.0, 0.0, 0.0])
+    terms = module(x, y, k, j, states, early, None)
+    t = student.times.t
+    g = student.g(pick(k), pick(k - 1), t(k), t((k - 1).clamp(min=0)), u)
+    target = ema.g(pick(j), pick(k), t(j), t(k), u)
+    ce = torch.nn.functional.cross_entropy(net.head(student.h(pick(k), t(k), u))[:2], y[:2])
+    assert terms["global"].item() == pytest.approx(distance(g, z[6], net.cell).mean().item())
+    assert terms["local"].item() == pytest.approx(distance(g, target, net.cell).mean().item())
+    assert terms["task"].item() == pytest.approx(ce.item(), rel=1e-5)
+
+
+def test_no_gradient_reaches_teacher_or_ema(net, student, batch):
+    """Alg. 2: only phi is trained."""
+    u, z = batch
+    ema = copy.deepcopy(student).requires_grad_(False)
+    net.requires_grad_(False)
+    k = torch.tensor([1, 2, 3, 4])
+    states = (z[0], z[1], z[1], z[2], z[6])
+    times = student.times.schedule(4, 0.8)
+    module = Distillation(net, student.requires_grad_(True), ema)
+    terms = module(torch.randn(4, 1, 8, 8), k, k, k + 1, states, torch.ones(4), times)
+    sum(terms.values()).backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in (*net.parameters(), *ema.parameters()))
+
+
+def test_rollout_states_are_those_of_inference(net, student, batch):
+    """The extra states of the default recipe are where Alg. 1 stands after J steps."""
+    from infer import cdeq
+
+    u, _ = batch
+    counter = Counter(student.h)
+    student.h = counter
+    z, _ = run(student, net.initial(u), u, student.times.schedule(5, 0.8))
+    assert counter.nfe == 5
+    assert torch.allclose(z, cdeq(student, net.initial(u), u, 5, 0.8, last=True), atol=1e-6)
+
+
+def test_phantom_gradient_is_the_implicit_gradient_in_the_limit():
+    """Many steps from the equilibrium are the Neumann series of the implicit-function theorem,
+    dz*/dA = (I - J)^{-1} df/dA, here against the dense inverse."""
+    net = TanhNet().double()
+    x, y = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
+    loss = TeacherLoss(net, steps=80, phantom=60, tau=1.0, m=6)(x, y, None)["task"]
+    (phantom,) = torch.autograd.grad(loss, net.cell.A)
+    z = anderson(lambda z: net.f(z, x), torch.zeros_like(x), 80, last=True).requires_grad_(True)
+    (dz,) = torch.autograd.grad(net.nll(z, y).mean(), z)
+    J = torch.autograd.functional.jacobian(lambda z: net.f(z, x)[0], z)[:, 0]
+    adjoint = torch.linalg.solve(torch.eye(5, dtype=torch.float64) - J.T, dz[0])
+    (implicit,) = torch.autograd.grad(net.f(z.detach(), x), net.cell.A, adjoint[None])
+    assert torch.allclose(phantom, implicit, atol=1e-8)
+
+
+def test_jacobian_term_estimates_the_squared_norm():
+    """E |v^T J|^2 / n over Gaussian v is |J|_F^2 / n, here against the full Jacobian."""
+    net = TanhNet()
+    x, y = torch.randn(1, 5), torch.tensor([3])
+    z = anderson(lambda z: net.f(z, x), torch.zeros_like(x), 40, last=True)
+    J = torch.autograd.functional.jacobian(lambda z: net.f(z, x)[0], z)[:, 0]
+    module = TeacherLoss(net, steps=40, phantom=1, tau=1.0)
+    many, labels = x.expand(4000, -1), y.expand(4000)
+    estimate = module(many, labels, torch.randn(4000, 5))["jacobian"]
+    assert estimate.item() == pytest.approx((J.square().sum() / 5).item(), rel=0.1)

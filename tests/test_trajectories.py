@@ -1,0 +1,161 @@
+"""Sampling, augmentation and the three stores."""
+
+import pytest
+import torch
+
+import trajectories
+from anderson import Counter
+from checkpoint import UsageError
+from tasks import Split, positions
+from trajectories import Disk, Memory, Rolling, augment, plan, sample
+
+SPLIT = Split(torch.arange(20.0)[:, None], torch.arange(20))
+
+
+def solve(x, rows):
+    """A trajectory of 5 states that tells sample and step: z_k = (row, k)."""
+    k = torch.arange(5.0)[:, None].expand(5, len(rows))
+    return torch.stack([rows.float().expand(5, -1), k], dim=-1)
+
+
+def make(kind, tmp_path, batch=6, **options):
+    common = dict(chunk=8, dtype=torch.float32)
+    if kind == "disk":
+        common |= dict(folder=tmp_path, header={"teacher": "abc", "K": 4})
+    if kind == "rolling":
+        common |= dict(slots=6, reuse=3)
+    classes = {"memory": Memory, "disk": Disk, "rolling": Rolling}
+    return classes[kind](options.pop("solve", solve), SPLIT, batch, 0, **common | options)
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "rolling"])
+def test_every_store_serves_the_states_of_the_samples_it_names(kind, tmp_path):
+    store = make(kind, tmp_path)
+    for step in range(20):
+        x, y, rows = store.batch(step)
+        ks = torch.tensor([[0, 2, 4]]).expand(len(rows), 3)
+        for k, z in zip((0, 2, 4), store.states(rows, ks), strict=True):
+            assert torch.equal(z[:, 0], y.float()) and (z[:, 1] == k).all()
+        assert torch.equal(x[:, 0], y.float())
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "rolling"])
+def test_batches_are_a_function_of_the_step_alone(kind, tmp_path):
+    """A resumed run sees what an uninterrupted one would have."""
+    through, fresh = make(kind, tmp_path), make(kind, tmp_path)
+    seen = [through.batch(step)[1] for step in range(12)]
+    assert torch.equal(fresh.batch(11)[1], seen[11])
+
+
+def test_memory_and_disk_serve_the_same(tmp_path):
+    a, b = make("memory", tmp_path), make("disk", tmp_path)
+    for step in range(7):
+        assert torch.equal(a.batch(step)[2], b.batch(step)[2])
+
+
+def test_a_pass_visits_every_sample_once():
+    rows, passed = positions(20, 40, 20, seed=5)
+    assert passed == 2 and sorted(rows.tolist()) == list(range(20))
+    pieces = [positions(20, first, 7, seed=5)[0] for first in (40, 47, 54)]
+    assert torch.equal(torch.cat(pieces)[:20], rows)
+
+
+def test_rolling_solves_each_chunk_once_and_uses_it_reuse_times(tmp_path):
+    """6 slots in 3 chunks of 2: every pass of 6 samples replaces one chunk of 2."""
+    counter = Counter(solve)
+    store = make("rolling", tmp_path, solve=counter)
+    uses = torch.zeros(20, dtype=torch.long)
+    for step in range(30):
+        uses.index_add_(0, store.batch(step)[1], torch.ones(6, dtype=torch.long))
+    assert counter.nfe == 3 + 29  # the first window, then one chunk a pass
+    assert (
+        uses.sum() == 180 and uses.min() >= 6
+    )  # 20 samples share 180 uses evenly but for the ends
+
+
+def test_rolling_needs_room_for_reuse(tmp_path):
+    with pytest.raises(UsageError, match="--cache_gb or lower --reuse"):
+        make("rolling", tmp_path, slots=2)
+
+
+def test_plan_picks_by_bytes_and_prints_the_arithmetic():
+    kind = lambda cache, disk: plan(1000, torch.Size([250]), 9, torch.float32, cache, disk)  # noqa: E731
+    assert kind(0.01, 1.0)[0] == "memory"  # 1000 x 10 x 250 x 4 bytes are 0.01 GB
+    assert kind(0.005, 1.0)[0] == "disk"
+    assert kind(0.005, 0.005)[0] == "rolling"
+    assert "1,000 samples x 10 states x 250 numbers x 4 bytes = 0.01 GB" in kind(1.0, 1.0)[1]
+
+
+def test_augmentation_replaces_with_its_probability_and_spares_the_ends():
+    """Eq. 13 for k_min <= k <= K - k_tail only."""
+    torch.manual_seed(0)
+    ks = torch.arange(11).expand(4000, -1)
+    out = augment(ks, torch.rand(4000, 11), p_aug=0.3, k_min=2, k_tail=3)
+    share = (out != ks).float().mean(0)
+    assert (share[[0, 1, 8, 9, 10]] == 0).all()
+    assert torch.allclose(share[2:8], torch.tensor(0.3), atol=0.03)
+    assert (out[out != ks] == 10).all()
+
+
+def test_one_draw_replaces_a_state_wherever_it_is_looked_up():
+    """z_k as the present of one column and the past of another is the same state."""
+    draws = torch.rand(50, 11)
+    out = augment(torch.tensor([[4, 5, 4]]).expand(50, 3), draws, 0.5, 1, 1)
+    assert torch.equal(out[:, 0], out[:, 2])
+
+
+def test_sampled_trajectory_is_the_solvers_own(net):
+    """Alg. 4: K + 1 states from z_0, random where asked, the same for the same sample."""
+    x, rows = torch.randn(3, 1, 8, 8), torch.tensor([4, 5, 6])
+    z = sample(net, x, rows, 5, "zeros", m=6, beta=1.0, ridge=1e-6)
+    assert z.shape[:2] == (6, 3) and (z[0] == 0).all()
+    assert torch.allclose(z[1], net.f(z[0], net.inject(x)), atol=1e-6)
+    a, b = (sample(net, x[i], rows[i], 2, "normal", m=6)[0] for i in (slice(0, 2), slice(1, 3)))
+    assert torch.equal(a[1], b[0]) and a.std() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_disk_shards_are_made_once_and_kept(tmp_path, dtype):
+    counter = Counter(solve)
+    make("disk", tmp_path, solve=counter, dtype=dtype)
+    store = make("disk", tmp_path, solve=counter, dtype=dtype)
+    assert counter.nfe == 3 and len(list(tmp_path.iterdir())) == 3
+    assert store.states(torch.tensor([19]), torch.tensor([[4]]))[0].tolist() == [[19.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda raw: raw[:-8], "is damaged"),
+        (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "is damaged"),
+        (lambda raw: raw[:40], "is truncated or unreadable"),
+        (lambda raw: b"something else", "is not a trajectory shard"),
+        (lambda raw: raw.replace(b'"abc"', b'"xyz"'), "has teacher xyz, not abc"),
+    ],
+    ids=["short", "flipped", "header", "foreign", "other-teacher"],
+)
+def test_a_spoilt_shard_is_named_with_what_to_do(tmp_path, spoil, complaint):
+    make("disk", tmp_path)
+    path = tmp_path / "shard-000001.traj"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UsageError, match=f"shard-000001.traj {complaint}.*delete it"):
+        make("disk", tmp_path)
+
+
+def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
+    """ENOSPC on the second shard: one line, the first shard is whole, the next start continues."""
+    calls = Counter(trajectories.atomic.__globals__["os"].fsync)
+
+    def full(descriptor):
+        if calls.nfe == 1:
+            raise OSError(28, "No space left on device")
+        calls(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UsageError, match="shard-000001.traj: No space left on device"):
+        make("disk", tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.traj"]
+    counter = Counter(solve)
+    make("disk", tmp_path, solve=counter)
+    assert counter.nfe == 2
