@@ -93,7 +93,7 @@ def anderson(
 
 
 def window_weights(gram: Tensor, ridge: float) -> Tensor:
-    """argmin |R a| with sum(a) = 1, from gram = R R^T: (P, n, n) -> (P, n). Never waits for a GPU."""
+    """argmin |R a| with sum(a) = 1, from gram = R R^T: (P, n, n) -> (P, n). No GPU wait."""
     scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     info = torch.finfo(gram.dtype)
     # The floors keep a window of zero residuals (a solved problem) regular: equal weights.

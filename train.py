@@ -480,7 +480,7 @@ def main(argv: list[str]) -> None:
         train_student(run, teacher)
     if config.stage in ("all", "evaluate"):
         opened = infer.open_run(run.folder, config.data, str(run.device))
-        result = compare.report(opened, batch=config.batch)
+        result = compare.report(opened)
         if not run.rank:
             print(compare.write(result, run.folder / "report"))
     if run.world > 1:

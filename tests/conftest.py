@@ -16,10 +16,8 @@ from student import Student
 
 ROOT = Path(__file__).parents[1]
 # A whole run in a second or two: every stage, every file, no quality.
-TINY = (
-    "--task digits --teacher_steps 6 --student_steps 6 --batch 16 --K 5 --solver_steps 3 "
-    "--phantom 1 --save_every 2 --log_every 2 --chunk 400 --device cpu"
-).split()
+TINY = ["--teacher_steps=6", "--student_steps=6", "--batch=16", "--K=5", "--solver_steps=3"]
+TINY += ["--save_every=2", "--log_every=2", "--chunk=400", "--device=cpu"]
 
 
 class TanhCell(Cell):

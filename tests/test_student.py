@@ -9,6 +9,7 @@ from anderson import Counter, anderson
 from fpode import TimeMap
 from losses import Distillation, TeacherLoss, distance, run, total
 from student import Student, update_ema
+
 from .conftest import TanhNet
 
 
@@ -100,7 +101,7 @@ def test_huber_is_quadratic_for_small_and_linear_for_large_errors(net, batch):
 
 def test_total_weighs_the_terms():
     """Eq. 11."""
-    terms = {name: torch.tensor(v) for name, v in zip(("global", "local", "task"), (1.0, 2.0, 4.0))}
+    terms = {"global": torch.tensor(1.0), "local": torch.tensor(2.0), "task": torch.tensor(4.0)}
     assert total(terms, lam1=0.8, lam2=0.05, rollout=1.0).item() == pytest.approx(0.8 + 0.4 + 0.2)
 
 
@@ -130,7 +131,7 @@ def test_loss_terms_are_the_equations(net, student, batch):
 
 def test_no_gradient_reaches_teacher_or_ema(net, student, batch):
     """Alg. 2: only phi is trained."""
-    u, z = batch
+    _, z = batch
     ema = copy.deepcopy(student).requires_grad_(False)
     net.requires_grad_(False)
     k = torch.tensor([1, 2, 3, 4])

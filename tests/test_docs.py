@@ -1,0 +1,78 @@
+"""What the documentation promises is there."""
+
+import ast
+import re
+
+import pytest
+
+from .conftest import ROOT
+
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("tasks/*.py")]
+README = (ROOT / "README.md").read_text()
+FLOORS = [
+    {"checkpoint", "anderson", "fpode"},
+    {"student", "models", "tasks"},
+    {"losses", "trajectories"},
+    {"infer", "compare", "train"},
+]
+
+
+@pytest.mark.parametrize("anchor", [f"Eq. {n}" for n in range(1, 15)] + ["Eqs. 3", "App. B.3"])
+def test_every_equation_is_cited_in_code(anchor):
+    pattern = re.escape(anchor) + r"(?!\d)"
+    assert any(re.search(pattern, path.read_text()) for path in SOURCES), anchor
+
+
+@pytest.mark.parametrize("anchor", [f"Alg. {n}, l. " for n in range(1, 5)])
+def test_every_algorithm_is_cited_line_by_line(anchor):
+    assert any(anchor in path.read_text() for path in SOURCES), anchor
+
+
+def test_every_row_of_the_paper_to_code_table_exists():
+    rows = re.findall(r"^\| .* \| `([\w/.]+\.py)` \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) >= 14
+    for file, names in rows:
+        defined = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name.split(".")[-1] in defined, (file, name)
+
+
+def test_imports_go_down_the_floors():
+    """A module imports from its own floor or lower ones."""
+    level = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for path in SOURCES:
+        home = path.parent.name if path.parent != ROOT else path.stem
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module.split(".")[0]]
+            elif isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            else:
+                continue
+            assert all(level.get(name, 0) <= level[home] for name in names), (path.name, names)
+
+
+def test_a_module_docstring_is_short_enough_to_be_read():
+    for path in SOURCES:
+        assert len((ast.get_docstring(ast.parse(path.read_text())) or "x").splitlines()) <= 25
+
+
+@pytest.mark.parametrize("table", ["digits", "digits-ablation"])
+def test_readme_tables_are_those_of_results(table):
+    """Every line of the first table of results/NAME.md stands in the README."""
+    text = (ROOT / "results" / f"{table}.md").read_text()
+    lines = [line for line in text.split("\n## ")[1].splitlines() if line.startswith("|")]
+    assert len(lines) > 3 and all(line in README for line in lines)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-ablation", "speed"])
+def test_every_result_names_a_clean_commit(name):
+    import json
+
+    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    commits = [result["commit"], *(run["commit"] for run in result.get("runs", []))]
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits)

@@ -1,0 +1,128 @@
+"""Alg. 1: its cost, its answers, its anytime form, and the command."""
+
+import json
+
+import pytest
+import torch
+
+import infer
+from anderson import Counter
+from checkpoint import UsageError
+
+from .conftest import command
+
+
+@pytest.mark.parametrize("J", [1, 2, 5])
+def test_J_steps_cost_exactly_J_evaluations(net, student, batch, J):
+    """Alg. 1 with h(z_{j-1}, t_{j-1}) kept: one evaluation a step, the first included."""
+    u, _ = batch
+    student.h = counter = Counter(student.h)
+    states = infer.cdeq(student, net.initial(u), u, J, decay=0.8)
+    assert counter.nfe == J and len(states) == J + 1
+
+
+def test_more_steps_extend_fewer(net, student, batch):
+    u, _ = batch
+    z0 = net.initial(u)
+    long = infer.cdeq(student, z0, u, 6, 0.8)
+    assert torch.allclose(infer.cdeq(student, z0, u, 3, 0.8), long[:4], atol=1e-6)
+
+
+def test_inference_is_the_consistency_map_along_its_own_states(net, student, batch):
+    """Alg. 1 against g of Eq. 5 with both evaluations made anew."""
+    u, _ = batch
+    torch.nn.init.normal_(student.w_t[0])
+    t = student.times.schedule(4, 0.7)
+    z = infer.cdeq(student, net.initial(u), u, 4, 0.7)
+    for j in (1, 2, 3):
+        g = student.g(z[j], z[j - 1], t[j].expand(4), t[j - 1].expand(4), u)
+        assert torch.allclose(g, z[j + 1], atol=1e-5)
+
+
+def test_anytime_stops_each_sample_alone(net, student, batch):
+    """A sample's answer and cost do not depend on the batch it came in."""
+    u, _ = batch
+    z0 = net.initial(u)
+    z, nfe = infer.anytime(student, z0, u, 0.3, 12, 0.8)
+    for i in range(len(u)):
+        alone, cost = infer.anytime(student, z0[i : i + 1], u[i : i + 1], 0.3, 12, 0.8)
+        assert cost.item() == nfe[i] and torch.allclose(alone[0], z[i], atol=1e-4)
+    assert nfe.max() <= 12
+
+
+def test_anytime_with_no_tolerance_is_all_steps(net, student, batch):
+    u, _ = batch
+    z, nfe = infer.anytime(student, net.initial(u), u, 0.0, 5, 0.8)
+    assert (nfe == 5).all()
+    assert torch.allclose(z, infer.cdeq(student, net.initial(u), u, 5, 0.8, True), atol=1e-6)
+
+
+def test_anytime_saves_the_evaluations_of_finished_samples(net, student, batch):
+    u, _ = batch
+    sizes = []
+    h = student.h
+    student.h = lambda z, t, u: (sizes.append(len(z)), h(z, t, u))[1]
+    _, nfe = infer.anytime(student, net.initial(u), u, 0.3, 12, 0.8)
+    assert sum(sizes) == nfe.sum()
+
+
+def test_evaluation_counts_what_it_declares(tiny_run):
+    """A method that evaluates more often than its NFE says is caught."""
+    run = infer.open_run(tiny_run, device="cpu")
+    method, counter = infer.counted(*run.students[""])
+
+    def cheat(z0, u, nfe):
+        return method(z0, u, nfe + 1)
+
+    infer.evaluate(run, method, counter, run.task.valid, (1, 2))
+    with pytest.raises(AssertionError, match="evaluations were made"):
+        infer.evaluate(run, cheat, counter, run.task.valid, (1, 2))
+
+
+def test_the_table_prints_and_parses(tiny_run, capsys):
+    infer.main(["--run", str(tiny_run), "--nfe", "1", "3", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["nfe"] for row in rows] == [1, 3]
+    infer.main(["--run", str(tiny_run), "--tol", "0.1", "--student", "paper"])
+    assert "evaluations on average" in capsys.readouterr().out
+
+
+def test_answers_on_image_files(tiny_run, tmp_path, capsys):
+    """Light on dark and dark on light, any size, colour or not, give the same input."""
+    from PIL import Image, ImageOps
+
+    run = infer.open_run(tiny_run, device="cpu")
+    ink = ((run.task.test.x[0, 0] + 1) * 127.5).byte().numpy()
+    picture = Image.fromarray(ink).resize((64, 64))
+    picture.save(tmp_path / "light.png")
+    ImageOps.invert(picture).convert("RGB").save(tmp_path / "dark.png")
+    a, b = (run.task.read(tmp_path / name) for name in ("light.png", "dark.png"))
+    assert a.shape == (1, 1, 8, 8) and torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(a[0], run.task.test.x[0], atol=0.35)
+    files = [str(tmp_path / name) for name in ("light.png", "dark.png")]
+    infer.main(["--run", str(tiny_run), "--nfe", "2", "--json", "--files", *files])
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["answer"] == second["answer"] in "0123456789" and first["nfe"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--nfe", "0"], "must be >= 1"),
+        (["--decay", "1"], r"--decay must be in \(0, 1\)"),
+        (["--student", "other"], "--student 'other' is not finished"),
+        (["--files", "missing.png"], "missing.png: no such file"),
+        (["--files", __file__], "test_infer.py is not a readable image"),
+        (["--tol", "x"], "argument --tol: invalid float value"),
+        (["--run", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_input_says_what_was_wrong(arguments, complaint, tiny_run):
+    with pytest.raises(UsageError, match=complaint):
+        infer.main(["--run", str(tiny_run), *arguments])
+
+
+def test_the_command_ends_with_one_line_and_two(tmp_path):
+    done = command("infer.py", "--run", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith(f"infer.py: cannot read {tmp_path}")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,294 @@
+"""Training: resuming, several processes, the stores, and what bad input says."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import compare
+import infer
+import train
+from checkpoint import UsageError, load
+
+from .conftest import TINY, command
+
+
+def weights(folder, name="student.pt"):
+    saved = load(folder / name, name.split(".")[0].split("-")[0])
+    return {**saved["model"], **{f"ema.{key}": v for key, v in saved.get("ema", {}).items()}}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_everything_it_promises(tiny_run):
+    names = {path.name for path in tiny_run.iterdir()}
+    assert names >= {"teacher.pt", "student.pt", "student-paper.pt", "log.jsonl"}
+    assert names >= {"report.json", "report.md", "report.png"}
+    report = json.loads((tiny_run / "report.json").read_text())
+    assert {row["method"] for row in report["rows"]} == {"picard", "anderson", "cdeq", "cdeq-paper"}
+    assert report["split"] == "test" and len(report["commit"]) >= 40
+    assert [row["nfe"] for row in report["rows"] if row["method"] == "cdeq"] == list(infer.NFES)
+
+
+def test_a_second_start_trains_nothing_and_changes_nothing(tiny_run):
+    before = weights(tiny_run), weights(tiny_run, "teacher.pt")
+    lines = (tiny_run / "log.jsonl").read_text().count('"step"')
+    train.main([*TINY, "--out", str(tiny_run)])
+    assert same(before[0], weights(tiny_run)) and same(before[1], weights(tiny_run, "teacher.pt"))
+    assert (tiny_run / "log.jsonl").read_text().count('"step"') == lines
+
+
+def test_a_stopped_run_continues_bitwise(tiny_run, tmp_path, monkeypatch):
+    """3 + 3 steps equal 6, for the teacher and the student with its EMA and optimizer."""
+    step = torch.optim.AdamW.step
+    for stop in (3, 4):  # the teacher's fourth update, then the student's fifth
+
+        def interrupted(self, *args, stop=stop, **kwargs):
+            if self.state and next(iter(self.state.values()))["step"] >= stop:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*TINY, "--out", str(tmp_path)])
+        monkeypatch.undo()
+        if stop == 3:
+            train.main([*TINY, "--out", str(tmp_path), "--stage", "teacher"])
+    train.main([*TINY, "--out", str(tmp_path)])
+    assert same(weights(tmp_path), weights(tiny_run))
+    assert same(weights(tmp_path, "teacher.pt"), weights(tiny_run, "teacher.pt"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills are delivered to forks")
+def test_kills_at_random_moments_do_not_change_the_weights(tmp_path):
+    """SIGKILL again and again while both stages run and shards are written."""
+    flags = [*TINY, "--store=disk", "--chunk=100", "--teacher_steps=30", "--student_steps=30"]
+    flags += ["--save_every=1"]
+    done = [
+        command(
+            "tests/kill.py", kills, "0", "0.7", *flags, f"--out={tmp_path / kills}", timeout=300
+        )
+        for kills in ("0", "8")
+    ]
+    assert [run.returncode for run in done] == [0, 0], done[1].stderr
+    assert int(done[1].stdout.split("killed")[1]) >= 2
+    for name in ("teacher.pt", "student.pt"):
+        assert same(weights(tmp_path / "0", name), weights(tmp_path / "8", name))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the kill is delivered to a fork")
+@pytest.mark.parametrize("file", ["teacher.pt", "shard-000001.traj", "student.pt"])
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_or_none(file, tmp_path, tiny_run):
+    """The write is killed after half of the bytes; the next start ends as if nothing happened."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, ".")
+import train
+def half(descriptor, sync=os.fsync):
+    name = os.readlink(f"/proc/self/fd/{{descriptor}}")
+    if "{file}" in name and (kills := kills_left.pop() if kills_left else 0):
+        os.truncate(name, os.path.getsize(name) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+kills_left = [1]
+os.fsync = half
+train.main({[*TINY, "--store=disk", f"--out={tmp_path}"]!r})
+"""
+    done = command("-c", script)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    train.main([*TINY, "--store=disk", "--out", str(tmp_path)])
+    assert same(weights(tmp_path, "teacher.pt"), weights(tiny_run, "teacher.pt"))
+    assert weights(tmp_path).keys() == weights(tiny_run).keys()
+
+
+def test_two_processes_equal_one(tiny_run, tmp_path):
+    """Gradients of shards average to the gradient of all; every sample is evaluated once; a run
+    that one process began is finished by two, to the same weights."""
+    done = command("tests/ddp_worker.py", str(tiny_run), processes=2)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    gaps, (value, distance) = map(float, words[1:3]), map(float, words[4:6])
+    assert max(gaps) < 1e-6
+    run = infer.open_run(tiny_run, device="cpu")
+    odd = infer.Split(run.task.test.x[:101], run.task.test.y[:101])
+    row = infer.evaluate(run, *compare.methods(run)["cdeq"], odd, (2,))[0]
+    assert value == pytest.approx(row["value"]) and distance == pytest.approx(row["distance"])
+
+    flags = [*TINY, "--stage=teacher", f"--out={tmp_path}"]
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(flags)
+    finally:
+        torch.optim.AdamW.step = step
+    done = command("train.py", *TINY, f"--out={tmp_path}", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tiny_run, "teacher.pt"), weights(tmp_path, "teacher.pt")
+    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
+    assert infer.open_run(tmp_path, device="cpu").students.keys() == {""}
+
+
+@pytest.mark.parametrize("store", ["disk", "rolling"])
+def test_every_store_trains(store, tmp_path):
+    train.main([*TINY, f"--store={store}", "--cache_gb=0.01", "--reuse=4", f"--out={tmp_path}"])
+    assert "decay" in load(tmp_path / "student.pt", "student")
+
+
+def test_disk_and_memory_train_the_same_student(tmp_path, tiny_run):
+    train.main([*TINY, "--store=disk", f"--out={tmp_path}"])
+    assert same(weights(tmp_path), weights(tiny_run))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype=bf16"], ["--z0=normal", "--distance=huber"], ["--no-aa", "--alpha_grad"]],
+    ids=" ".join,
+)
+def test_options_run(flags, tmp_path):
+    train.main([*TINY, *flags, "--stage=teacher", f"--out={tmp_path}"])
+    train.main([*TINY, *flags, "--stage=student", f"--out={tmp_path}"])
+    assert "decay" in load(tmp_path / "student.pt", "student")
+
+
+def test_k_is_drawn_as_each_recipe_says(tmp_path):
+    """Alg. 2, l. 3: 1 .. K; the default recipe: 0 .. K - 1 with k = 0 oversampled."""
+    generator = torch.Generator().manual_seed(0)
+    paper, _ = train.parse(["--recipe=paper", "--batch=20000"])
+    k = train.draw_steps(paper, generator)
+    assert (k.min(), k.max()) == (1, paper.K)
+    ours, _ = train.parse(["--batch=20000"])
+    k = train.draw_steps(ours, generator)
+    assert (k.min(), k.max()) == (0, ours.K - 1)
+    assert (k == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_flags_win_over_recipes_and_recipes_over_defaults():
+    config, _ = train.parse(["--recipe=paper", "--k0=0.5", "--no-aa"])
+    assert (config.k0, config.local, config.rollout, config.aa) == (0.5, "earlier", 0.0, False)
+    assert (config.name, config.out, config.preset) == ("paper", "runs/digits", "digits")
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ("--task imagenot", "--task imagenot: allowed is digits"),
+        ("--recipe letter", "--recipe letter: allowed is rollout . paper"),
+        ("--preset huge", "--preset huge: allowed is digits"),
+        ("--frobnicate 3", "unrecognized arguments: --frobnicate 3"),
+        ("--student_step 3", "unrecognized arguments: --student_step 3"),
+        ("--batch many", "argument --batch: invalid int value"),
+        ("--m 0", "--m 0: allowed is >= 1"),
+        ("--beta 0", "--beta 0.0: allowed is > 0 and <= 1"),
+        ("--rho -1", "--rho -1.0: allowed is >= 0"),
+        ("--rho 0.9 --K 40", "--rho 0.9: .* too large"),
+        ("--lam1 1.5", "--lam1 1.5: allowed is >= 0 and <= 1"),
+        ("--K 1", "--K 1: allowed is >= 2"),
+        ("--p_aug 2", "--p_aug 2.0: allowed is >= 0 and <= 1"),
+        ("--student_lr nan", "--student_lr nan: allowed is > 0"),
+        ("--k_tail 30", "--k_tail 30: no step of K = 20 is between"),
+        ("--name ../x", "--name .*allowed are letters"),
+        ("--device cuda", "no CUDA device is there"),
+    ],
+)
+def test_bad_flags_say_what_is_allowed(flags, complaint, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has the device that the test misses")
+    with pytest.raises(UsageError, match=complaint):
+        train.main([*flags.split(), f"--out={tmp_path}"])
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="--batch 16 is not divisible by 3 processes"):
+        train.main([*TINY, f"--out={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    "flag, complaint",
+    [
+        ("--teacher_lr=0.5", "teacher.pt was made with --teacher_lr 0.003, not 0.5"),
+        ("--seed=7", "teacher.pt was made with --seed 0, not 7"),
+        ("--lam1=0.1", "student.pt was made with --lam1 0.8, not 0.1"),
+    ],
+)
+def test_a_run_folder_of_another_configuration_is_refused(flag, complaint, tiny_run):
+    with pytest.raises(UsageError, match=complaint):
+        train.main([*TINY, f"--out={tiny_run}", flag])
+
+
+def test_a_student_needs_a_teacher(tmp_path):
+    with pytest.raises(UsageError, match="has no finished teacher"):
+        train.main([*TINY, "--stage=student", f"--out={tmp_path}"])
+
+
+def spoilt_checkpoints(good: bytes):
+    return {
+        "empty": b"",
+        "truncated": good[: len(good) // 2],
+        "flipped": good[:-100] + bytes([good[-100] ^ 1]) + good[-99:],
+        "foreign": b"PK\x03\x04 something else entirely, but long enough to have a checksum",
+    }
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "flipped", "foreign"])
+def test_a_spoilt_checkpoint_is_named_with_what_to_do(kind, tiny_run, tmp_path):
+    raw = spoilt_checkpoints((tiny_run / "teacher.pt").read_bytes())[kind]
+    (tmp_path / "teacher.pt").write_bytes(raw)
+    with pytest.raises(UsageError, match=r"teacher.pt is truncated, damaged.*delete it"):
+        train.main([*TINY, f"--out={tmp_path}"])
+
+
+def test_a_checkpoint_of_the_wrong_kind_is_named(tiny_run, tmp_path):
+    (tmp_path / "teacher.pt").write_bytes((tiny_run / "student.pt").read_bytes())
+    with pytest.raises(UsageError, match=r"is a student checkpoint, not a teacher"):
+        train.main([*TINY, f"--out={tmp_path}"])
+
+
+def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_last_state(tmp_path):
+    """A learning rate far too high; the checkpoint before it survives."""
+    flags = [*TINY, "--teacher_steps=40", "--teacher_lr=1e30", "--clip=1e30", "--save_every=1"]
+    with pytest.raises(UsageError, match=r"the task loss is nan at step \d+.*teacher.pt keeps"):
+        train.main([*flags, f"--out={tmp_path}"])
+    kept = load(tmp_path / "teacher.pt", "teacher")
+    assert kept["step"] >= 1
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
+    sync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UsageError, match=r"cannot write .*teacher.pt: No space left on device"):
+        train.main([*TINY, f"--out={tmp_path}"])
+    monkeypatch.undo()
+    assert load(tmp_path / "teacher.pt", "teacher")["step"] == 2
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="cannot write there"):
+        train.main([*TINY, f"--out={tmp_path / 'file' / 'run'}"])
+
+
+def test_bad_input_is_one_line_and_exit_code_two():
+    done = command("train.py", "--task", "imagenot")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: --task imagenot: allowed is digits\n"
