@@ -105,9 +105,9 @@ def window_weights(gram: Tensor, ridge: float) -> Tensor:
 
 def two_point(
     h_new: Tensor,
-    z_new: Tensor,
+    r_new: Tensor,
     h_old: Tensor,
-    z_old: Tensor,
+    r_old: Tensor,
     *,
     sample_dims: int = 1,
     ridge: float = 1e-6,
@@ -115,19 +115,18 @@ def two_point(
 ) -> Tensor:
     """The Anderson step from two states, S_AA(z_new, z_old; h) of Eq. 7; shape of h_new.
 
-    With d = r_new - r_old the weight of the *older* state is <r_new, d> / |d|^2: a repeated state
-    (d = 0) falls back to the plain step h_new. No gradient flows through it unless `alpha_grad`.
+    h: values at the states; r = h - z: their residuals. With d = r_new - r_old the weight of the
+    *older* state is <r_new, d> / |d|^2: a repeated state (d = 0) falls back to the plain step
+    h_new. No gradient flows through the weight unless `alpha_grad`.
     """
     with torch.set_grad_enabled(alpha_grad and torch.is_grad_enabled()):
-        r_new = h_new - z_new
-        d = r_new - (h_old - z_old)
-        # One small Gram matrix gives every inner product. It is of r_new and d, not of the two
-        # residuals: |d|^2 by difference would not be zero for a repeated state.
-        V = torch.stack([r_new, d], dim=sample_dims).flatten(sample_dims + 1).to(accumulator(d))
-        gram = V @ V.mT
-        new, cross, step = gram[..., 0, 0], gram[..., 0, 1], gram[..., 1, 1]
+        # In terms of d, not of two squared norms: their difference would not be exactly zero for a
+        # repeated state.
+        r, d = (v.flatten(sample_dims).to(accumulator(v)) for v in (r_new, r_new - r_old))
+        new, step = (torch.linalg.vector_norm(v, dim=-1).square() for v in (r, d))
+        cross = torch.linalg.vecdot(r, d)
         sizes = 2 * (new - cross) + step  # |r_new|^2 + |r_old|^2
-        a_old = cross / (step + ridge * sizes + torch.finfo(gram.dtype).tiny)
+        a_old = cross / (step + ridge * sizes + torch.finfo(d.dtype).tiny)
         a_old = a_old.to(h_new.dtype).view(*a_old.shape, *[1] * (h_new.dim() - sample_dims))
     return torch.lerp(h_new, h_old, a_old)  # Eq. 7
 

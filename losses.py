@@ -74,10 +74,8 @@ class Distillation(nn.Module):
         with torch.no_grad():
             u = self.teacher.inject(x)
             target = self.ema.g(z_j, z_j_before, times.t(j), times.t(j_before), u)
-        history = None
-        if student.anderson:
-            history = (z_before, student.h(z_before, times.t(before), u))
-        g, h = student.step(z_k, times.t(k), u, history)
+        history = student.history(z_before, times.t(before), u) if student.anderson else None
+        g, (h, _) = student.step(z_k, times.t(k), u, history)
         terms = {
             "global": distance(g, z_K, student.cell, self.kind).mean(),  # Eq. 9; Alg. 2, l. 4
             "local": distance(g, target, student.cell, self.kind).mean(),  # Eq. 10; Alg. 2, l. 6
@@ -86,7 +84,7 @@ class Distillation(nn.Module):
             terms["task"] = (early * self.teacher.nll(h, y)).mean()  # Eq. 14
         if rollout is not None:
             z, history = run(student, z_K.new_zeros(z_K.shape), u, rollout[:-1])
-            g, _ = student.step(z, rollout[-1].expand(len(z)), u, history)
+            g, _ = student.step(z, rollout[-1], u, history)
             terms["rollout"] = distance(g, z_K, student.cell, self.kind).mean()
         return terms
 
@@ -96,8 +94,7 @@ def run(student: Student, z: Tensor, u: Tensor, times: Tensor) -> tuple[Tensor, 
     """Alg. 1 over the given times, without gradient: where the student stands, and its history."""
     history = None
     for t in times:
-        z_next, h = student.step(z, t.expand(len(z)), u, history)
-        z, history = z_next, (z, h)
+        z, history = student.step(z, t, u, history)
     return z, history
 
 

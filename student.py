@@ -19,13 +19,15 @@ that as z_{-1} = z_0 needs no special case, for a repeated state makes S_AA the 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anderson import two_point
 from fpode import TimeMap
 from models import Equilibrium
 
-History = tuple[Tensor, Tensor] | None  # (z_{j-1}, h(z_{j-1}, t_{j-1}, x)), kept from the last step
+# h(z_{j-1}, t_{j-1}, x) and its residual h - z_{j-1}, kept from the step before
+History = tuple[Tensor, Tensor] | None
 
 
 class Student(nn.Module):
@@ -56,27 +58,33 @@ class Student(nn.Module):
     def h(self, z: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """The time-aware layer: one NFE."""
         s = self.times.s(t).to(z.dtype)
-        branches = self.cell.features(self.cell(z, u))
-        out = [
-            W(v) + s.view(-1, *[1] * (v.dim() - 1)) * w_t
-            for v, W, w_t in zip(branches, self.W, self.w_t, strict=True)
-        ]
+        out = []
+        for v, W, w_t in zip(self.cell.branches(z, u), self.W, self.w_t, strict=True):
+            if t.dim() == 0:  # one time for all samples: the bias takes it up
+                out.append(F.linear(v, W.weight, W.bias + s * w_t))
+            else:
+                out.append(W(v) + s.view(-1, *[1] * (v.dim() - 1)) * w_t)
         return self.cell.join(out)  # Eq. 8
 
     def step(
         self, z: Tensor, t: Tensor, u: Tensor, history: History = None
-    ) -> tuple[Tensor, Tensor]:
-        """(g, h) at (z, t), given the state before and its h: one NFE."""
-        h = P = self.h(z, t, u)
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """g at (z, t), given the history of the state before, and this state's history: one NFE."""
+        now = self.history(z, t, u)
+        P = now[0]
         if history is not None and self.anderson:
-            z_prev, h_prev = history
-            P = two_point(h, z, h_prev, z_prev, **self.two_point)  # Eq. 7
+            P = two_point(*now, *history, **self.two_point)  # Eq. 7
         c_skip = self.times.s(t).to(z.dtype).pow(self.gamma).view(-1, *[1] * (z.dim() - 1))
-        return torch.lerp(P, z, c_skip), h  # Eq. 5
+        return torch.lerp(P, z, c_skip), now  # Eq. 5
+
+    def history(self, z: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """What `step` at the next state wants to know of this one: one NFE."""
+        h = self.h(z, t, u)
+        return h, h - z
 
     def g(self, z: Tensor, z_prev: Tensor, t: Tensor, t_prev: Tensor, u: Tensor) -> Tensor:
         """The consistency map from two states of a trajectory: two NFE (one without Anderson)."""
-        history = (z_prev, self.h(z_prev, t_prev, u)) if self.anderson else None
+        history = self.history(z_prev, t_prev, u) if self.anderson else None
         return self.step(z, t, u, history)[0]
 
 

@@ -36,7 +36,7 @@ import compare
 import infer
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
-from fpode import contraction, propose_rho
+from fpode import TimeMap, contraction, propose_rho
 from losses import Distillation, TeacherLoss, total
 from models import Equilibrium
 from student import update_ema
@@ -72,11 +72,11 @@ class Config:
     beta: float = opt(1.0, "mixing", "> 0 and <= 1", BOTH)
     ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
     # The teacher
-    teacher_steps: int = opt(720, "updates", ">= 1", TEACHER)
+    teacher_steps: int = opt(600, "updates", ">= 1", TEACHER)
     teacher_lr: float = opt(3e-3, "peak learning rate of AdamW, cosine to 0", "> 0", TEACHER)
     teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
     augment: bool = opt(True, "random views of the inputs", "", TEACHER)
-    solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
+    solver_steps: int = opt(10, "evaluations of the training solve", ">= 1", TEACHER)
     phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
     tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
     jac_weight: float = opt(0.01, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
@@ -94,7 +94,7 @@ class Config:
     recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", STUDENT)
     name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
     student_steps: int = opt(600, "updates", ">= 1", STUDENT)
-    student_lr: float = opt(1e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
+    student_lr: float = opt(2e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
     mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
     lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", STUDENT)
     lam2: float = opt(0.05, "task loss", ">= 0", STUDENT)
@@ -149,11 +149,12 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"[\w.-]*", config.name):
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
-    if config.rho > 0:
-        try:
-            infer.TimeMap(config.rho, config.K, config.eps, config.T)
-        except ValueError as error:
-            raise UsageError(f"--rho {config.rho}: {error}") from error
+    try:
+        TimeMap(config.rho or 1e-3, config.K, config.eps, config.T)
+    except ValueError as error:
+        raise UsageError(
+            f"--rho {config.rho} --eps {config.eps} --T {config.T}: {error}"
+        ) from error
 
 
 def parse(argv: list[str]) -> tuple[Config, Task]:
@@ -201,7 +202,7 @@ class Trainer:
         if not self.rank:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.log_file = open(self.folder / "log.jsonl", "a")  # noqa: SIM115 (lives as long as the run)
+                self.log_file = open(self.folder / "log.jsonl", "a")  # noqa: SIM115
             except OSError as error:
                 raise UsageError(
                     f"--out {self.folder}: cannot write there ({error.strerror})"
@@ -269,25 +270,26 @@ class Trainer:
                 group["lr"] = lr * schedule(step, steps)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
                 terms = model(*batch)
-            loss = weigh(terms)  # Alg. 2, l. 7
-            values = {name: term.item() for name, term in terms.items()}
-            for name, value in values.items():
+            optimizer.zero_grad(set_to_none=True)
+            weigh(terms).backward()  # Alg. 2, l. 7
+            values = {f"{name} loss": term.item() for name, term in terms.items()}
+            norm = nn.utils.clip_grad_norm_(online.parameters(), config.clip)
+            for name, value in {**values, "gradient's norm": norm.item()}.items():
                 if not math.isfinite(value):
                     raise UsageError(
-                        f"{stage}: the {name} loss is {value} at step {step}; {path} keeps the "
-                        "last good state (if any); a lower learning rate may help"
+                        f"{stage}: the {name} is {value} at step {step}; {path} keeps the last "
+                        "good state (if any); a lower learning rate may help"
                     )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(online.parameters(), config.clip)
             optimizer.step()  # Alg. 2, l. 8
             if ema is not None:
                 update_ema(ema, online, config.mu)  # Alg. 2, l. 9
             if step % config.log_every == 0 or step + 1 == steps:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-                self.log(stage=stage, student=config.name, step=step, **values)
+                self.log(
+                    stage=stage, student=config.name, step=step, **values, gradient=norm.item()
+                )
                 if bar.disable:
-                    text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+                    text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
                     self.say(f"{stage} {step}/{steps}: {text}")
             if (step + 1) % config.save_every == 0 and step + 1 < steps:
                 keep(step + 1)
@@ -310,6 +312,7 @@ def train_teacher(run: Trainer) -> Equilibrium:
             net.cell.compile()
         solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
         module = TeacherLoss(net, config.solver_steps, config.phantom, config.tau, **solver)
+        state = state_shape(run, net)
 
         def draw(step: int) -> tuple:
             generator = run.generator(0, step)
@@ -320,11 +323,8 @@ def train_teacher(run: Trainer) -> Equilibrium:
             x, y = (v.to(run.device) for v in views)
             probe = None
             if config.jac_weight > 0 and torch.rand((), generator=generator) < config.jac_prob:
-                shape = net.initial(net.inject(x[:1])).shape[1:]
-                probe = torch.randn(config.batch, *shape, generator=generator)[run.mine].to(
-                    run.device
-                )
-            return x, y, probe
+                probe = torch.randn(config.batch, *state, generator=generator)[run.mine]
+            return x, y, probe if probe is None else probe.to(run.device)
 
         def weigh(terms: dict[str, Tensor]) -> Tensor:
             return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
@@ -337,6 +337,13 @@ def train_teacher(run: Trainer) -> Equilibrium:
     net = task.network(config.preset)
     net.load_state_dict(saved["model"])
     return net.to(run.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def state_shape(run: Trainer, net: Equilibrium) -> torch.Size:
+    """Shape of one sample's state."""
+    x, _ = run.task.train.batch(torch.arange(1))
+    return net.initial(net.inject(x.to(run.device))).shape[1:]
 
 
 def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
@@ -444,7 +451,7 @@ def pick_decay(run: Trainer, path: Path) -> None:
     student.load_state_dict(saved["ema"])
     decay, scores = infer.choose_decay(opened, student.to(run.device).eval())
     run.say(f"schedule base {decay} (validation)")
-    run.log(decay=decay, scores={str(key): value for key, value in scores.items()})
+    run.log(decay=decay, validation={str(key): value for key, value in scores.items()})
     if not run.rank:
         for key in ("kind", "versions"):
             saved.pop(key)

@@ -16,17 +16,21 @@ class Cell(nn.Module):
 
     channels: tuple[int, ...]
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """One layer evaluation, z -> f(z, x) with u = inject(x)."""
+    def branches(self, z: Tensor, u: Tensor) -> list[Tensor]:
+        """One layer evaluation with u = inject(x), as features of the new state."""
         raise NotImplementedError
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        """One layer evaluation, z -> f(z, x)."""
+        return self.join(self.branches(z, u))
 
     def features(self, z: Tensor) -> list[Tensor]:
         """Views of z with channels last, one per branch, sample dimensions first."""
         return [z]
 
-    def join(self, branches: list[Tensor]) -> Tensor:
+    def join(self, features: list[Tensor]) -> Tensor:
         """The inverse of `features`."""
-        return branches[0]
+        return features[0]
 
 
 class Equilibrium(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models import Cell, Equilibrium
 
 PRESETS = {
-    # Two branches for 8 x 8 images: small enough that two CPU cores train it in two minutes.
+    # Two branches for 8 x 8 images: small enough that two CPU cores train it in a minute or two.
     "digits": dict(image=(1, 8, 8), classes=10, channels=(16, 32), head=(8, 16), final=128),
     "digits-single": dict(image=(1, 8, 8), classes=10, channels=(24,), head=(16,), final=128),
 }
@@ -89,10 +89,10 @@ class MDEQCell(Cell):
         parts = z.split(self.sizes, dim=1)
         return [v.view(-1, *shape) for v, shape in zip(parts, self.shapes, strict=True)]
 
-    def join(self, branches: list[Tensor]) -> Tensor:
-        return torch.cat([v.flatten(1) for v in branches], dim=1)
+    def join(self, features: list[Tensor]) -> Tensor:
+        return torch.cat([v.flatten(1) for v in features], dim=1)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+    def branches(self, z: Tensor, u: Tensor) -> list[Tensor]:
         maps = [v.permute(0, 3, 1, 2) for v in self.features(z)]
         y = [
             block(v, u if i == 0 else None)
@@ -103,7 +103,7 @@ class MDEQCell(Cell):
                 post(sum(T(v) for T, v in zip(row, y, strict=True)))
                 for row, post in zip(self.fuse, self.post, strict=True)
             ]
-        return self.join([v.permute(0, 2, 3, 1) for v in y])
+        return [v.permute(0, 2, 3, 1) for v in y]
 
 
 class Bottleneck(nn.Module):
@@ -140,7 +140,7 @@ class MDEQ(Equilibrium):
         channels: tuple[int, ...],
         head: tuple[int, ...],
         final: int,
-        expansion: int = 2,
+        expansion: int = 4,
         groups: int = 4,
     ):
         super().__init__()

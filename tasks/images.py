@@ -7,6 +7,7 @@ Kaynak, 1998): 1,097 to train, 200 to validate, 500 to test, stratified, the sam
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import UsageError
@@ -69,7 +70,8 @@ def read_digit(path: Path) -> Tensor:
     gray = v2.functional.to_dtype(v2.functional.to_image(picture), torch.float32, scale=True)
     border = torch.cat([gray[0, 0], gray[0, -1], gray[0, :, 0], gray[0, :, -1]])
     ink = 1 - gray if border.mean() > 0.5 else gray  # the training images are light ink on dark
-    return v2.functional.resize(ink, [8, 8], antialias=True)[None] * 2 - 1
+    square = v2.functional.center_crop(ink, [max(ink.shape)] * 2)  # pads the shorter side
+    return F.adaptive_avg_pool2d(square, 8)[None] * 2 - 1  # ink per pixel, as the data was made
 
 
 TASKS = {"digits": digits}

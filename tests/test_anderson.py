@@ -159,24 +159,25 @@ def test_two_point_step_is_anderson_with_two_states():
     """Eq. 7 against Eqs. 3, 4 with a window of two."""
     f, star = affine()
     z = anderson(f, torch.zeros_like(star), 2, m=2, ridge=0.0)
-    assert torch.allclose(two_point(f(z[1]), z[1], f(z[0]), z[0], ridge=0.0), z[2], atol=1e-12)
+    step = two_point(f(z[1]), f(z[1]) - z[1], f(z[0]), f(z[0]) - z[0], ridge=0.0)
+    assert torch.allclose(step, z[2], atol=1e-12)
 
 
 def test_two_point_step_falls_back_to_the_newest_state():
     """A repeated state, as Eq. 13 makes them, has no direction: P = h."""
     f, star = affine()
     z = torch.randn_like(star)
-    assert torch.equal(two_point(f(z), z, f(z), z), f(z))
+    assert torch.equal(two_point(f(z), f(z) - z, f(z), f(z) - z), f(z))
 
 
 def test_gradient_through_the_two_point_weights_is_a_flag():
     """Detached, dP/dh_new is 1 - a_old; attached, it equals autograd through the formula."""
     h_new, h_old, z_new, z_old = torch.randn(4, 2, 5, dtype=torch.float64)
     h_new.requires_grad_(True)
-    detached = torch.autograd.grad(two_point(h_new, z_new, h_old, z_old).sum(), h_new)[0]
+    step = lambda h, **flag: two_point(h, h - z_new, h_old, h_old - z_old, **flag)  # noqa: E731
+    detached = torch.autograd.grad(step(h_new).sum(), h_new)[0]
     assert torch.allclose(detached, detached[:, :1].expand_as(detached))
-    attached = lambda h: two_point(h, z_new, h_old, z_old, alpha_grad=True)  # noqa: E731
-    assert torch.autograd.gradcheck(attached, h_new)
+    assert torch.autograd.gradcheck(lambda h: step(h, alpha_grad=True), h_new)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")

@@ -18,8 +18,7 @@ def test_a_fresh_student_is_one_anderson_step_of_the_teacher(net, student, batch
     u, _ = batch
     z = anderson(lambda z: net.f(z, u), net.initial(u), 2, m=2)
     t = student.times.t(torch.tensor([0, 1]))
-    h_prev = student.h(z[0], t[:1], u)
-    g, _ = student.step(z[1], t[1:], u, (z[0], h_prev))
+    g, _ = student.step(z[1], t[1:], u, student.history(z[0], t[:1], u))
     c_skip = student.times.s(t[1:])
     assert torch.allclose(g, c_skip * z[1] + (1 - c_skip) * z[2], atol=1e-5)
 
