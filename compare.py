@@ -38,6 +38,8 @@ ABLATIONS = {
     "no-task": ["--lam2", "0"],
     "no-augmentation": ["--p_aug", "0"],
     "no-anderson": ["--no-aa"],
+    # Nothing removed, but a rolling store of 5 % of all trajectories.
+    "rolling-store": ["--store", "rolling", "--cache_gb", "0.00708"],
 }
 
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anderson import Counter, anderson
-from checkpoint import UsageError, load, plain_errors
+from checkpoint import UsageError, fingerprint, load, plain_errors
 from fpode import TimeMap
 from models import Equilibrium
 from student import Student
@@ -91,6 +91,16 @@ def student_path(folder: Path, name: str) -> Path:
     return folder / (f"student-{name}.pt" if name else "student.pt")
 
 
+def load_student(path: Path, teacher: Equilibrium) -> dict:
+    """A student's checkpoint; UsageError where it was distilled from another teacher."""
+    saved = load(path, "student")
+    if saved["teacher"] != fingerprint(teacher):
+        raise UsageError(
+            f"{path} was distilled from another teacher than the one beside it; delete it"
+        )
+    return saved
+
+
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     """A fresh student with the clock and the options of a training configuration."""
     times = TimeMap(rho, config["K"], config["eps"], config["T"])
@@ -111,7 +121,7 @@ def open_run(folder: Path, data: str = "data", device: str = "auto", names=None)
         names = [path.stem.removeprefix("student").removeprefix("-") for path in found]
     students = {}
     for name in names:
-        saved = load(student_path(folder, name), "student")
+        saved = load_student(student_path(folder, name), teacher)
         if "decay" in saved:
             student = build_student(teacher, saved["config"], saved["rho"])
             student.load_state_dict(saved["ema"])
@@ -123,8 +133,10 @@ def open_run(folder: Path, data: str = "data", device: str = "auto", names=None)
 def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: no CUDA device is there; allowed: cpu, auto")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: allowed is auto | cpu | cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is there; allowed is auto | cpu")
     return name
 
 

@@ -83,7 +83,7 @@ class Distillation(nn.Module):
         if early is not None:
             terms["task"] = (early * self.teacher.nll(h, y)).mean()  # Eq. 14
         if rollout is not None:
-            z, history = run(student, z_K.new_zeros(z_K.shape), u, rollout[:-1])
+            z, history = run(student, self.teacher.initial(u), u, rollout[:-1])
             g, _ = student.step(z, rollout[-1], u, history)
             terms["rollout"] = distance(g, z_K, student.cell, self.kind).mean()
         return terms

@@ -72,15 +72,15 @@ class Config:
     beta: float = opt(1.0, "mixing", "> 0 and <= 1", BOTH)
     ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
     # The teacher
-    teacher_steps: int = opt(600, "updates", ">= 1", TEACHER)
+    teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
     teacher_lr: float = opt(3e-3, "peak learning rate of AdamW, cosine to 0", "> 0", TEACHER)
     teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
     augment: bool = opt(True, "random views of the inputs", "", TEACHER)
-    solver_steps: int = opt(10, "evaluations of the training solve", ">= 1", TEACHER)
+    solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
     phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
     tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
-    jac_weight: float = opt(0.01, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
-    jac_prob: float = opt(0.2, "share of the updates that have it", ">= 0 and <= 1", TEACHER)
+    jac_weight: float = opt(0.2, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
+    jac_prob: float = opt(0.3, "share of the updates that have it", ">= 0 and <= 1", TEACHER)
     # Trajectories (Alg. 4, Eqs. 6 and 13)
     K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
     z0: str = opt("zeros", "initial state", "zeros | normal", STUDENT)
@@ -118,7 +118,7 @@ class Config:
     stage: str = opt("all", "what to do", "all | teacher | student | evaluate")
     data: str = opt("data", "folder of the data sets")
     out: str = opt("", "run folder; empty: runs/TASK")
-    device: str = opt("auto", "auto, cpu or cuda")
+    device: str = opt("auto", "of all processes", "auto | cpu | cuda")
     compile: bool = opt(False, "torch.compile the cells")
     save_every: int = opt(50, "updates between checkpoints", ">= 1")
     log_every: int = opt(20, "updates between log lines", ">= 1")
@@ -248,6 +248,9 @@ class Trainer:
         if path.exists():
             saved = load(path, stage)
             self.bind(path, saved["config"], stage, BOTH)
+            for key in extra:  # what the student depends on besides: its clock and its teacher
+                if saved[key] != extra[key]:
+                    raise UsageError(f"{path} has {key} {saved[key]}, not {extra[key]}; delete it")
             online.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             if ema is not None:
@@ -394,7 +397,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     """Consistency distillation, Alg. 2."""
     config, path = run.config, infer.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
-        run.bind(path, load(path, "student")["config"], STUDENT, BOTH)
+        run.bind(path, infer.load_student(path, teacher)["config"], STUDENT, BOTH)
         return
     store = make_store(run, teacher)
     rows = store.batch(0)[2]
@@ -444,7 +447,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
 
 def pick_decay(run: Trainer, path: Path) -> None:
     """Chooses the schedule's base on the validation split; the student is finished with it."""
-    opened = infer.open_run(run.folder, run.config.data, str(run.device), ())
+    opened = infer.open_run(run.folder, run.config.data, run.device.type, ())
     saved = load(path, "student")
     opened.config |= {"K": saved["config"]["K"]}
     student = infer.build_student(opened.teacher, saved["config"], saved["rho"])
@@ -486,7 +489,7 @@ def main(argv: list[str]) -> None:
     if config.stage in ("all", "student"):
         train_student(run, teacher)
     if config.stage in ("all", "evaluate"):
-        opened = infer.open_run(run.folder, config.data, str(run.device))
+        opened = infer.open_run(run.folder, config.data, run.device.type)
         result = compare.report(opened)
         if not run.rank:
             print(compare.write(result, run.folder / "report"))

@@ -61,6 +61,12 @@ def test_a_module_docstring_is_short_enough_to_be_read():
         assert len((ast.get_docstring(ast.parse(path.read_text())) or "x").splitlines()) <= 25
 
 
+def test_readme_code_runs(tiny_run, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code.replace("runs/digits", str(tiny_run)), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 @pytest.mark.parametrize("table", ["digits", "digits-ablation"])
 def test_readme_tables_are_those_of_results(table):
     """Every line of the first table of results/NAME.md stands in the README."""

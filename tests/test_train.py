@@ -199,6 +199,7 @@ def test_flags_win_over_recipes_and_recipes_over_defaults():
         ("--student_lr nan", "--student_lr nan: allowed is > 0"),
         ("--k_tail 30", "--k_tail 30: no step of K = 20 is between"),
         ("--name ../x", "--name .*allowed are letters"),
+        ("--device gpu", "--device gpu: allowed is auto . cpu . cuda"),
         ("--device cuda", "no CUDA device is there"),
     ],
 )
@@ -256,10 +257,17 @@ def test_a_checkpoint_of_the_wrong_kind_is_named(tiny_run, tmp_path):
         train.main([*TINY, f"--out={tmp_path}"])
 
 
+def test_a_student_of_another_teacher_is_named(tiny_run, tmp_path):
+    train.main([*TINY, f"--out={tmp_path}", "--stage=teacher", "--seed=1"])
+    (tmp_path / "student.pt").write_bytes((tiny_run / "student.pt").read_bytes())
+    with pytest.raises(UsageError, match=r"student.pt was distilled from another teacher"):
+        infer.open_run(tmp_path)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_last_state(tmp_path):
     """A learning rate far too high; the checkpoint before it survives."""
     flags = [*TINY, "--teacher_steps=40", "--teacher_lr=1e30", "--clip=1e30", "--save_every=1"]
-    with pytest.raises(UsageError, match=r"the task loss is nan at step \d+.*teacher.pt keeps"):
+    with pytest.raises(UsageError, match=r"the .* is (nan|inf) at step \d+.*teacher.pt keeps"):
         train.main([*flags, f"--out={tmp_path}"])
     kept = load(tmp_path / "teacher.pt", "teacher")
     assert kept["step"] >= 1
