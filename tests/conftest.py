@@ -80,9 +80,16 @@ def batch(net):
 def tiny_run(tmp_path_factory):
     """A finished run folder of the TINY settings with both recipes' students."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
+    torch.set_num_threads(2)
+    fit(folder, "--recipe", "paper")
     train.main([*TINY, "--out", str(folder)])
-    train.main([*TINY, "--out", str(folder), "--recipe", "paper"])
     return folder
+
+
+def fit(folder: Path, *flags: str) -> None:
+    """Teacher and student with the TINY settings, without the report."""
+    for stage in ("teacher", "student"):
+        train.main([*TINY, *flags, "--out", str(folder), "--stage", stage])
 
 
 def command(*arguments: str, processes: int = 1, **options) -> subprocess.CompletedProcess:
