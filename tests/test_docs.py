@@ -17,7 +17,7 @@ FLOORS = [
 ]
 
 
-@pytest.mark.parametrize("anchor", [f"Eq. {n}" for n in range(1, 15)] + ["Eqs. 3", "App. B.3"])
+@pytest.mark.parametrize("anchor", [f"Eq. {n}" for n in range(1, 15)] + ["App. B.3"])
 def test_every_equation_is_cited_in_code(anchor):
     pattern = re.escape(anchor) + r"(?!\d)"
     assert any(re.search(pattern, path.read_text()) for path in SOURCES), anchor
