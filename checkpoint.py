@@ -31,7 +31,7 @@ def plain_errors() -> Iterator[None]:
     program = Path(sys.argv[0]).name
     try:
         yield
-    except UsageError as error:
+    except (UsageError, FloatingPointError) as error:  # the latter: a solver met a diverged f
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

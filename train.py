@@ -271,18 +271,20 @@ class Trainer:
             batch = draw(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step, steps)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-                terms = model(*batch)
+            kept = f"{path} keeps the last good state (if any); a lower learning rate may help"
+            try:
+                half = config.dtype == "bf16"
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                    terms = model(*batch)
+            except FloatingPointError as error:  # the solver's word for a network that diverged
+                raise UsageError(f"{stage}: {error}, at step {step}; {kept}") from error
             optimizer.zero_grad(set_to_none=True)
             weigh(terms).backward()  # Alg. 2, l. 7
             values = {f"{name} loss": term.item() for name, term in terms.items()}
             norm = nn.utils.clip_grad_norm_(online.parameters(), config.clip)
             for name, value in {**values, "gradient's norm": norm.item()}.items():
                 if not math.isfinite(value):
-                    raise UsageError(
-                        f"{stage}: the {name} is {value} at step {step}; {path} keeps the last "
-                        "good state (if any); a lower learning rate may help"
-                    )
+                    raise UsageError(f"{stage}: the {name} is {value} at step {step}; {kept}")
             optimizer.step()  # Alg. 2, l. 8
             if ema is not None:
                 update_ema(ema, online, config.mu)  # Alg. 2, l. 9
