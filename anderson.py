@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 Map = Callable[[Tensor], Tensor]
 
@@ -137,6 +138,7 @@ def accumulator(z: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
+@parametrize.cached()  # weight normalisation and the like: once per solve, not per step
 def iterate(
     step: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
     z0: Tensor,

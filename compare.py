@@ -11,6 +11,7 @@ turns in one process, so that a busy machine slows them alike. What was not meas
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -26,8 +27,8 @@ from tqdm import tqdm
 import infer
 from anderson import Counter, anderson, picard
 from checkpoint import UsageError, atomic, plain_errors, provenance, versions
-from infer import NFES, Method, Run, cdeq
-from tasks.images import TASKS
+from config import TASKS, refuse
+from infer import Method, Run, cdeq
 
 # Fig. 3, and each ingredient of the default recipe removed in turn.
 ABLATIONS = {
@@ -65,17 +66,38 @@ def label(student: str) -> str:
 
 
 @torch.no_grad()
-def seconds(run: Run, table: dict, nfes=NFES, batch: int = 128, repeats: int = 5) -> dict:
-    """Median seconds from the injected input to the logits of one batch, by (method, NFE)."""
+def cost(run: Run, table: dict, nfes: tuple[int, ...], batch: int, repeats: int = 5) -> dict:
+    """Median seconds from the injected input to the logits of one batch, and the process's peak
+    memory in bytes while it runs, by (method, NFE); an explicit network's NFE is None."""
     rows = torch.arange(min(batch, len(run.task.test)))
-    u = run.teacher.inject(run.task.test.batch(rows)[0].to(run.device))
+    x = run.task.test.batch(rows)[0].to(run.device)
+    u = run.teacher.inject(x)
     z0 = run.teacher.initial(u)
 
     def go(method: Method, nfe: int) -> Callable[[], object]:
         return lambda: run.teacher.head(method(z0, u, nfe, last=True))
 
     jobs = {(name, nfe): go(table[name][0], nfe) for name in table for nfe in nfes}
-    return {key: statistics.median(t) for key, t in interleaved(jobs, repeats, run.device).items()}
+    jobs |= {(name, None): lambda net=net: net(x) for name, net in run.explicit.items()}
+    spent = interleaved(jobs, repeats, run.device)
+    return {
+        key: (statistics.median(spent[key]), peak_memory(jobs[key], run.device)) for key in jobs
+    }
+
+
+def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes at the highest point of a job: allocated on a GPU, resident on Linux, else unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        job()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
+    except OSError:
+        return None
+    job()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def interleaved(jobs: dict, repeats: int, device: torch.device) -> dict[object, list[float]]:
@@ -97,51 +119,60 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def report(run: Run, nfes=NFES, split: str = "test", batch: int = 128) -> dict:
+@torch.no_grad()
+def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     """Evaluates every method of a run; the form of report.json and of results/."""
-    table, rank = methods(run), infer.ranks()[0]
-    data = getattr(run.task, split)
+    task, table, nfes, rank = run.task, methods(run), run.task.nfes, infer.ranks()[0]
+    data = getattr(task, split)
     teacher = infer.evaluate(run, *table["anderson"], data, (run.config["K"],), batch)[0]
     bar = tqdm(table, desc=f"evaluate ({split})", disable=None if rank == 0 else True)
-    rows = {name: infer.evaluate(run, *table[name], data, nfes, batch) for name in bar}
-    spent = seconds(run, table, nfes, batch)
-    parameters = sum(p.numel() for p in run.teacher.parameters())
-    students = {label(name): student for name, (student, _) in run.students.items()}
-
-    def size(name: str) -> int:
-        return sum(p.numel() for p in students[name].parameters()) if name in students else 0
-
+    rows = [
+        {"method": name, **row, "params": parameters(run, name)}
+        for name in bar
+        for row in infer.evaluate(run, *table[name], data, nfes, batch)
+    ]
+    for name, net in run.explicit.items():
+        x, y = (v.to(run.device) for v in data.batch(torch.arange(len(data))))
+        value = task.score(net(x), y).mean().item()
+        rows.append({"method": name, "nfe": None, "value": value, "nll": net.nll(x, y).item()})
+        rows[-1]["params"] = sum(p.numel() for p in net.parameters())
+    spent = cost(run, table, nfes, batch)
+    for row in rows:
+        seconds, memory = spent[row["method"], row["nfe"]]
+        row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
     return {
-        "task": run.task.name,
-        "metric": run.task.metric,
-        "higher_is_better": run.task.higher_is_better,
+        "task": task.name,
+        "note": task.note,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
         "split": split,
         "seeds": [run.config["seed"]],
         **provenance(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "dtype": run.config["dtype"],
-        "batch": batch,
-        "teacher": {**teacher, "params": parameters},
-        "rows": [
-            {"method": name, **row, "std": None, "n": 1}
-            | {"seconds_per_batch": spent[name, row["nfe"]], "peak_memory_bytes": None}
-            | {"params": parameters + size(name)}
-            for name in table
-            for row in rows[name]
-        ],
+        "batch": min(batch, len(data)),
+        "teacher": {**teacher, "params": parameters(run, "anderson")},
+        "rows": rows,
         "decay": {label(name): [decay] for name, (_, decay) in run.students.items()},
     }
+
+
+def parameters(run: Run, method: str) -> int:
+    """Trainable numbers that a method needs: the teacher's, and the student's beside them."""
+    networks = [run.teacher, *(s for name, (s, _) in run.students.items() if label(name) == method)]
+    return sum(p.numel() for net in networks for p in net.parameters())
 
 
 def merge(reports: list[dict]) -> dict:
     """One report over seeds: means of every number, the metric's std (n - 1) and n."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
-    measured = ("value", "nll", "residual", "distance", "seconds_per_batch")
+    measured = ("value", "nll", "residual", "distance", "seconds_per_batch", "peak_memory_bytes")
 
     def mean(rows: list[dict]) -> dict:
-        means = {key: statistics.fmean(r[key] for r in rows) for key in measured if key in rows[0]}
+        known = [key for key in measured if rows[0].get(key) is not None]
+        means = {key: statistics.fmean(r[key] for r in rows) for key in known}
         values = [r["value"] for r in rows]
         spread = statistics.stdev(values) if len(values) > 1 else None
         return {**rows[0], **means, "std": spread, "n": len(rows)}
@@ -156,8 +187,10 @@ def merge(reports: list[dict]) -> dict:
 
 def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_batch")) -> str:
     """The report as tables: a row per method, a column per NFE."""
-    nfes = sorted({row["nfe"] for row in result["rows"]})
-    cells = {(row["method"], row["nfe"]): row for row in result["rows"]}
+    implicit = [row for row in result["rows"] if row["nfe"]]
+    explicit = [row for row in result["rows"] if not row["nfe"]]
+    nfes = sorted({row["nfe"] for row in implicit})
+    cells = {(row["method"], row["nfe"]): row for row in implicit}
     teacher = result["teacher"]
     titles = {
         "value": f"{result['metric']}, {result['split']} split",
@@ -167,7 +200,7 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
     }
     seeds = ", ".join(map(str, result["seeds"]))
     lines = [
-        f"# {result['task']} by NFE",
+        f"# {result.get('note') or result['task']} by NFE",
         "",
         f"Teacher, converged (Anderson, NFE {teacher['nfe']}): {teacher['value']:.2f}"
         f"{spread(teacher)}, relative residual {teacher['residual']:.1e}. Seeds {seeds}.",
@@ -176,14 +209,25 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
     for key in keys:
         lines += ["", f"## {titles[key]}", "", "| method | " + " | ".join(map(str, nfes)) + " |"]
         lines.append("|---" * (len(nfes) + 1) + "|")
-        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
             lines.append(f"| {method} | " + " | ".join(row) + " |")
+    columns = ("value", "params", "seconds_per_batch", "peak_memory_bytes")
+    if explicit:
+        lines += ["", "## networks of finite depth", "", f"| network | {' | '.join(columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for row in explicit:
+            lines.append(f"| {row['method']} | {' | '.join(number(row, key) for key in columns)} |")
     return "\n".join(lines) + "\n"
 
 
 def number(row: dict, key: str) -> str:
-    return f"{row['value']:.2f}{spread(row)}" if key == "value" else f"{row[key]:.4f}"
+    """One cell of a table; empty where nothing was measured."""
+    if row.get(key) is None:
+        return ""
+    if key == "value":
+        return f"{row['value']:.2f}{spread(row)}"
+    return f"{row[key]:,.0f}" if key in ("params", "peak_memory_bytes") else f"{row[key]:.4f}"
 
 
 def spread(row: dict) -> str:
@@ -198,8 +242,9 @@ def figure(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["method"] == method]
+    implicit = [row for row in result["rows"] if row["nfe"]]
+    for method in dict.fromkeys(row["method"] for row in implicit):
+        rows = [row for row in implicit if row["method"] == method]
         style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
         for axis, key in ((left, "value"), (right, "residual")):
             axis.plot([r["nfe"] for r in rows], [r[key] for r in rows], label=method, **style)
@@ -208,13 +253,16 @@ def figure(result: dict, path: Path) -> None:
     left.set(ylabel=f"{result['split']} {result['metric']}")
     right.set(ylabel="relative residual |f(z) - z| / |z|", yscale="log")
     for axis in (left, right):
-        ticks = sorted({row["nfe"] for row in result["rows"]})
+        ticks = sorted({row["nfe"] for row in implicit})
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, map(str, ticks))
         axis.set(xlabel="evaluations of f (NFE)")
         axis.grid(alpha=0.3)
+    for row in result["rows"]:
+        if not row["nfe"]:
+            left.axhline(row["value"], linewidth=1, linestyle=":", label=row["method"])
     left.legend()
-    canvas.suptitle(f"{result['task']}, seeds {result['seeds']}")
+    canvas.suptitle(f"{result.get('note') or result['task']}, seeds {result['seeds']}")
     with atomic(path) as file:
         canvas.savefig(file, format="png", dpi=120)
     pyplot.close(canvas)
@@ -240,21 +288,40 @@ def train(*flags: str) -> None:
 
 
 def table_over_seeds(task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str]):
-    """Trains what is missing and reports the named students of every seed in one table."""
+    """Trains what is missing and reports the named students of every seed in one table.
+
+    A task's references (explicit networks) and rivals (teachers solved beside the first one, under
+    the names "picard (eignn)", ...) have rows too.
+    """
+    kind = TASKS[task](data_folder(extra))
     reports = []
     for seed in seeds:
         folder = Path(f"runs/{task}-seed{seed}")
-        base = ["--task", task, "--seed", str(seed), "--out", str(folder), *extra]
+        base = ["--task", task, "--seed", str(seed), *extra]
+        here = [*base, "--out", str(folder)]
         for name, flags in variants.items():
+            named = ["--name", name] if name not in ("", "paper") else []
             for stage in ("teacher", "student"):
-                named = ["--name", name] if name not in ("", "paper") else []
-                train(*base, "--stage", stage, *flags, *named)
+                train(*here, "--stage", stage, *flags, *named)
+        for name in kind.references:
+            train(*here, "--stage", "explicit", "--explicit", name)
         run = infer.open_run(folder, names=tuple(variants))
         missing = set(variants) - set(run.students)
         if missing:
             raise UsageError(f"{folder}: no finished student {', '.join(sorted(missing))}")
-        reports.append(report(run))
+        result = report(run)
+        for rival in kind.rivals:
+            other = folder.with_name(f"{folder.name}-{rival}")
+            train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
+            rows = report(infer.open_run(other))["rows"]
+            result["rows"] += [{**row, "method": f"{row['method']} ({rival})"} for row in rows]
+        reports.append(result)
     return merge(reports)
+
+
+def data_folder(flags: list[str]) -> Path:
+    """The --data among flags for train.py."""
+    return Path(flags[flags.index("--data") + 1] if "--data" in flags else "data")
 
 
 def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> dict:
@@ -298,7 +365,7 @@ def window_memory(m: int = 6, n: int = 8_000_000) -> float:
 def student_overhead(batch: int = 128, repeats: int = 200) -> list[dict]:
     """J-step inference against J bare evaluations of f: the ratio of their seconds."""
     task = TASKS["digits"](Path("data"))
-    net = task.network(task.presets[0]).eval()
+    net = task.network({"preset": task.presets[0]}).eval()
     config = dict(K=20, eps=0.002, T=5.0, gamma=1.0, aa=True, alpha_grad=False)
     student = infer.build_student(net, config, rho=0.19).eval()
     u = net.inject(task.train.batch(torch.arange(batch))[0])
@@ -344,7 +411,7 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = infer.refuse
+    parser.error = refuse
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="digits")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

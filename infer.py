@@ -25,18 +25,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from anderson import Counter, anderson
 from checkpoint import UsageError, fingerprint, load, plain_errors
+from config import TASKS, refuse
 from fpode import TimeMap
 from models import Equilibrium
 from student import Student
 from tasks import Split, Task
-from tasks.images import TASKS
 
 DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # candidates for the schedule's base
-NFES = (1, 2, 3, 4, 8, 16)
 
 
 @torch.no_grad()
@@ -81,6 +80,7 @@ class Run:
     config: dict
     teacher: Equilibrium
     students: dict[str, tuple[Student, float]]  # name -> (EMA student, decay)
+    explicit: dict[str, nn.Module]
     device: torch.device
 
     def solver(self) -> dict:
@@ -107,13 +107,14 @@ def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     return Student(teacher, times, config["gamma"], config["aa"], config["alpha_grad"])
 
 
-def open_run(folder: Path, data: str = "data", device: str = "auto", names=None) -> Run:
-    """Loads a run folder; names: students to load, all finished ones by default."""
+def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> Run:
+    """Loads a run folder; names: students to load, all finished ones by default; data: where the
+    data set is now, if not where it was in training."""
     device = torch.device(pick_device(device))
     saved = load(folder / "teacher.pt", "teacher")
     config = saved["config"]
-    task = TASKS[config["task"]](Path(data))
-    teacher = task.network(config["preset"])
+    task = TASKS[config["task"]](Path(data or config["data"]))
+    teacher = task.network(config)
     teacher.load_state_dict(saved["model"])
     teacher.to(device).eval().requires_grad_(False)
     if names is None:
@@ -127,7 +128,12 @@ def open_run(folder: Path, data: str = "data", device: str = "auto", names=None)
             student.load_state_dict(saved["ema"])
             students[name] = (student.to(device).eval().requires_grad_(False), saved["decay"])
             config = config | {"K": saved["config"]["K"]}
-    return Run(folder, task, config, teacher, students, device)
+    explicit = {}
+    for path in sorted(folder.glob("explicit-*.pt")):
+        kind = path.stem.removeprefix("explicit-")
+        explicit[kind] = task.explicit(kind).to(device).eval()
+        explicit[kind].load_state_dict(load(path, "explicit")["model"])
+    return Run(folder, task, config, teacher, students, explicit, device)
 
 
 def pick_device(name: str) -> str:
@@ -165,7 +171,7 @@ def relative(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, method: Method, counter: Counter, split: Split, nfes=NFES, batch: int = 128
+    run: Run, method: Method, counter: Counter, split: Split, nfes=None, batch: int = 128
 ) -> list[dict]:
     """Metric, residual under the teacher's f and distance to its equilibrium, by NFE.
 
@@ -173,9 +179,12 @@ def evaluate(
     counts once whatever the number of ranks.
     """
     net, rank, world = run.teacher, *ranks()
+    nfes = nfes or run.task.nfes
     totals = torch.zeros(len(nfes), 5, dtype=torch.float64)
     counter.nfe = calls = 0
     for rows in torch.arange(rank, len(split), world).split(batch):
+        if not len(rows):  # fewer samples than ranks: a graph is one
+            continue
         x, y = (v.to(run.device) for v in split.batch(rows))
         u = net.inject(x)
         z0 = net.initial(u)
@@ -210,15 +219,15 @@ def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
     )
 
 
-def choose_decay(run: Run, student: Student, nfes=NFES) -> tuple[float, dict]:
+def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     """The schedule's base on the validation split, and each candidate's mean metric and distance.
 
-    Of all candidates whose metric, mean over nfes, is within half a per cent of the best, the one
-    nearest to the equilibrium: differences below that are noise on a small split.
+    Of all candidates whose metric, mean over the NFEs, is within half a per cent of the best, the
+    one nearest to the equilibrium: differences below that are noise on a small split.
     """
     scores, sign = {}, 1 if run.task.higher_is_better else -1
     for decay in DECAYS:
-        rows = evaluate(run, *counted(student, decay), run.task.valid, nfes)
+        rows = evaluate(run, *counted(student, decay), run.task.valid)
         scores[decay] = {
             key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")
         }
@@ -269,11 +278,6 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
     }
 
 
-def refuse(message: str):
-    """argparse's error handler: the message alone, without the usage text."""
-    raise UsageError(f"{message}; see --help")
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -284,18 +288,18 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of train.py")
     add("--student", default="", help="which student: '' (the default recipe), 'paper', ...")
-    add("--nfe", type=int, nargs="+", default=list(NFES), help="budgets; one of them for --files")
+    add("--nfe", type=int, nargs="+", default=[], help="budgets; one of them for --files")
     add("--split", choices=("valid", "test"), default="test")
     add("--batch", type=int, default=128)
     add("--decay", type=float, default=0, help="schedule base in (0, 1); 0: as validated")
     add("--tol", type=float, default=0, help="> 0: stop each sample when successive states agree")
     add("--max-nfe", type=int, default=16, help="most evaluations with --tol")
     add("--files", type=Path, nargs="+", help="answer for these inputs instead of a split")
-    add("--data", default="data")
+    add("--data", default="", help="where the data set is now")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if min(args.nfe) < 1 or args.max_nfe < 1 or args.batch < 1:
+    if min(args.nfe, default=1) < 1 or args.max_nfe < 1 or args.batch < 1:
         raise UsageError("--nfe, --max-nfe and --batch must be >= 1")
     if not 0 <= args.decay < 1 or args.tol < 0:
         raise UsageError(
@@ -320,7 +324,7 @@ def main(argv: list[str]) -> None:
         result = [evaluate_anytime(run, args.student, split, args.tol, args.max_nfe)]
         line = "value {value:.2f} at {nfe_mean:.2f} evaluations on average, {nfe_max} at most"
     else:
-        nfes = tuple(sorted(set(args.nfe)))
+        nfes = tuple(sorted(set(args.nfe))) or run.task.nfes
         result = evaluate(run, *counted(*run.students[args.student]), split, nfes, args.batch)
         line = "NFE {nfe:3d}: value {value:.2f}, distance {distance:.4f}, residual {residual:.4f}"
     lines = [line.format(**row) for row in result]

@@ -17,6 +17,7 @@ states that the student itself reached, which is where multi-step inference asks
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from anderson import anderson
 from models import Equilibrium
@@ -123,11 +124,13 @@ class TeacherLoss(nn.Module):
             **self.solver,
         )
         terms = {}
-        if probe is not None:  # |v^T J|^2 / n estimates |J|_F^2 / n (Bai et al., 2021b)
-            z_in = z.requires_grad_(True)
-            (vjp,) = torch.autograd.grad(net.f(z_in, u), z_in, probe, create_graph=True)
-            terms["jacobian"] = vjp.square().mean()
-            z = z.detach()
-        for _ in range(self.phantom):
-            z = torch.lerp(z, net.f(z, u), self.tau)
+        with parametrize.cached():
+            if probe is not None:  # |v^T J|^2 / n estimates |J|_F^2 / n (Bai et al., 2021b)
+                z_in = z.requires_grad_(True)
+                f_z = net.cell.join(net.cell.forward(z_in, u))  # not compiled: differentiated twice
+                (vjp,) = torch.autograd.grad(f_z, z_in, probe, create_graph=True)
+                terms["jacobian"] = vjp.square().mean()
+                z = z.detach()
+            for _ in range(self.phantom):
+                z = torch.lerp(z, net.f(z, u), self.tau)
         return {"task": net.nll(z, y).mean(), **terms}

@@ -12,6 +12,9 @@ the teacher's f: a fresh student's P *is* one Anderson step of the teacher.
 
 Shapes: z, h, P, g (B, state...); t (B,) or (), fp32.
 
+A weight that the teacher constrains for its equilibrium's sake (weight norm, kappa) is a free one
+in the student, which is no contraction: P has to overshoot.
+
 Departs from the paper: at k = 0 there is no history and P = h (as Alg. 1, line 1 has it). Writing
 that as z_{-1} = z_0 needs no special case, for a repeated state makes S_AA the plain step.
 """
@@ -21,6 +24,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from anderson import two_point
 from fpode import TimeMap
@@ -48,7 +52,7 @@ class Student(nn.Module):
         super().__init__()
         self.times, self.gamma, self.anderson = times, gamma, anderson
         self.two_point = dict(sample_dims=teacher.sample_dims, alpha_grad=alpha_grad)
-        self.cell = copy.deepcopy(teacher.cell).requires_grad_(True)
+        self.cell = fold(copy.deepcopy(teacher.cell)).requires_grad_(True)
         self.W = nn.ModuleList(nn.Linear(C, C) for C in self.cell.channels)
         self.w_t = nn.ParameterList(torch.zeros(C) for C in self.cell.channels)
         for W in self.W:
@@ -59,7 +63,7 @@ class Student(nn.Module):
         """The time-aware layer: one NFE."""
         s = self.times.s(t).to(z.dtype)
         out = []
-        for v, W, w_t in zip(self.cell.branches(z, u), self.W, self.w_t, strict=True):
+        for v, W, w_t in zip(self.cell(z, u), self.W, self.w_t, strict=True):
             if t.dim() == 0:  # one time for all samples: the bias takes it up
                 out.append(F.linear(v, W.weight, W.bias + s * w_t))
             else:
@@ -86,6 +90,19 @@ class Student(nn.Module):
         """The consistency map from two states of a trajectory: two NFE (one without Anderson)."""
         history = self.history(z_prev, t_prev, u) if self.anderson else None
         return self.step(z, t, u, history)[0]
+
+
+def fold(module: nn.Module) -> nn.Module:
+    """Replaces weights that are computed from others (weight norm, ...) by their present values."""
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part):
+            # torch's remove_parametrizations would strip the class, which copies share.
+            values = {name: getattr(part, name).detach() for name in part.parametrizations}
+            del part.parametrizations
+            part.__class__ = type(part).__base__
+            for name, value in values.items():
+                part.register_parameter(name, nn.Parameter(value.clone()))
+    return module
 
 
 @torch.no_grad()

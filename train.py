@@ -8,22 +8,15 @@ r"""Train a DEQ teacher, distil it into a C-DEQ student (Alg. 2), evaluate both.
 Paper: Sec. 3.4, Alg. 2, App. A.3. A run lives in one folder (--out): teacher.pt, trajectories/,
 student.pt, log.jsonl, report.json, report.md, report.png. The same command continues where it was
 stopped: every random number is a function of (seed, stage, step), so the weights come out the same.
-
-Recipes are presets of flags. `paper`: Alg. 2 to the letter. `rollout`, the default: k = 0 is
-trained, and often; the local target is the later prediction; and a term is added for states that
-the student reaches by itself.
+Settings and recipes are described in config.py.
 """
 
-import argparse
 import dataclasses
 import json
 import math
-import operator
 import os
-import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,154 +29,12 @@ import compare
 import infer
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
-from fpode import TimeMap, contraction, propose_rho
+from config import BOTH, DTYPES, EXPLICIT, STUDENT, TEACHER, Config, parse
+from fpode import contraction, propose_rho
 from losses import Distillation, TeacherLoss, total
 from models import Equilibrium
 from student import update_ema
 from tasks import Task, positions
-from tasks.images import TASKS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-TEACHER, STUDENT, BOTH, RUN = "teacher", "student", "both", "run"
-
-
-def opt(default, help: str, allowed: str = "", group: str = RUN):
-    """A Config field. allowed: "a | b", or bounds such as ">= 1 and < 5". group: the checkpoints
-    that the value is part of; RUN: it may change when a run continues."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, allowed=allowed, group=group)
-    )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run depends on; every field is a flag, saved in each checkpoint."""
-
-    task: str = opt("digits", "data set", " | ".join(TASKS), BOTH)
-    preset: str = opt("", "network size; empty: the task's first", "", BOTH)
-    seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
-    dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
-    batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
-    clip: float = opt(1.0, "gradient norm", "> 0", BOTH)
-    # Anderson acceleration of the teacher (Alg. 3)
-    m: int = opt(6, "states in the window", ">= 1", BOTH)
-    beta: float = opt(1.0, "mixing", "> 0 and <= 1", BOTH)
-    ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
-    # The teacher
-    teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
-    teacher_lr: float = opt(3e-3, "peak learning rate of AdamW, cosine to 0", "> 0", TEACHER)
-    teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
-    augment: bool = opt(True, "random views of the inputs", "", TEACHER)
-    solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
-    phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
-    tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
-    jac_weight: float = opt(0.2, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
-    jac_prob: float = opt(0.3, "share of the updates that have it", ">= 0 and <= 1", TEACHER)
-    # Trajectories (Alg. 4, Eqs. 6 and 13)
-    K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
-    z0: str = opt("zeros", "initial state", "zeros | normal", STUDENT)
-    p_aug: float = opt(0.1, "probability of z_k <- z_K", ">= 0 and <= 1", STUDENT)
-    k_min: int = opt(1, "first step that may be replaced", ">= 1", STUDENT)
-    k_tail: int = opt(3, "steps before K that are kept", ">= 0", STUDENT)
-    rho: float = opt(0.0, "rate of the clock; 0: measured", ">= 0", STUDENT)
-    eps: float = opt(0.002, "first time", ">= 0", STUDENT)
-    T: float = opt(5.0, "last time", "> 0", STUDENT)
-    # The student and its losses (Alg. 2)
-    recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", STUDENT)
-    name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
-    student_steps: int = opt(600, "updates", ">= 1", STUDENT)
-    student_lr: float = opt(2e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
-    mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
-    lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", STUDENT)
-    lam2: float = opt(0.05, "task loss", ">= 0", STUDENT)
-    early: float = opt(0.25, "first share of steps, with task loss", "> 0 and <= 1", STUDENT)
-    gamma: float = opt(1.0, "exponent of c_skip", ">= 1", STUDENT)
-    distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", STUDENT)
-    aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
-    alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
-    k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
-    local: str = opt("later", "target of Eq. 10, k - 1 or k + 1", "earlier | later", STUDENT)
-    rollout: float = opt(1.0, "weight of the loss on own states", ">= 0", STUDENT)
-    rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
-    # Storage
-    store: str = opt("auto", "of trajectories", "auto | memory | disk | rolling")
-    cache_gb: float = opt(4.0, "memory for trajectories, GB per process", "> 0")
-    disk_gb: float = opt(50.0, "disk for trajectories, GB", ">= 0")
-    cache_dtype: str = opt("fp32", "of stored states", "fp32 | bf16", STUDENT)
-    chunk: int = opt(128, "samples solved together, and per shard", ">= 1")
-    reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
-    # This start of the command
-    stage: str = opt("all", "what to do", "all | teacher | student | evaluate")
-    data: str = opt("data", "folder of the data sets")
-    out: str = opt("", "run folder; empty: runs/TASK")
-    device: str = opt("auto", "of all processes", "auto | cpu | cuda")
-    compile: bool = opt(False, "torch.compile the cells")
-    save_every: int = opt(50, "updates between checkpoints", ">= 1")
-    log_every: int = opt(20, "updates between log lines", ">= 1")
-
-
-RECIPES = {
-    "rollout": {},
-    "paper": dict(k0=0.0, local="earlier", rollout=0.0, name="paper"),
-}
-COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-
-
-def check(config: Config) -> None:
-    """UsageError for the first value that is out of its range, with the range."""
-    for field in dataclasses.fields(Config):
-        value, allowed = getattr(config, field.name), field.metadata["allowed"]
-        if "|" in allowed or field.name == "task":
-            ok = value in allowed.split(" | ")
-        else:
-            bounds = re.findall(r"([<>]=?) ([\d.]+)", allowed)
-            ok = all(COMPARE[sign](value, float(bound)) for sign, bound in bounds)
-            ok = ok and (not isinstance(value, float) or math.isfinite(value))
-        if not ok:
-            raise UsageError(f"--{field.name} {value}: allowed is {allowed or 'a finite number'}")
-    if config.k_min > config.K - config.k_tail and config.p_aug > 0:
-        raise UsageError(
-            f"--k_min {config.k_min} --k_tail {config.k_tail}: no step of K = {config.K} is between"
-        )
-    if not re.fullmatch(r"[\w.-]*", config.name):
-        raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
-    try:
-        TimeMap(config.rho or 1e-3, config.K, config.eps, config.T)
-    except ValueError as error:
-        raise UsageError(
-            f"--rho {config.rho} --eps {config.eps} --T {config.T}: {error}"
-        ) from error
-
-
-def parse(argv: list[str]) -> tuple[Config, Task]:
-    """Flags over the recipe over the task's defaults over Config's own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = infer.refuse
-    for field in dataclasses.fields(Config):
-        allowed = field.metadata["allowed"]
-        text = f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}{field.default!r})"
-        kind = (
-            dict(action=argparse.BooleanOptionalAction)
-            if field.type is bool
-            else dict(type=field.type, metavar=field.type.__name__.upper())
-        )
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    name, recipe = (given.get(key, getattr(Config, key)) for key in ("task", "recipe"))
-    check(Config(task=name, recipe=recipe))
-    task = TASKS[name](Path(given.get("data", Config.data)))
-    chosen = {"preset": task.presets[0], "out": f"runs/{name}", **task.defaults, **RECIPES[recipe]}
-    config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
-    check(config)
-    if config.preset not in task.presets:
-        raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
-    return config, task
 
 
 class Trainer:
@@ -220,8 +71,8 @@ class Trainer:
 
     def generator(self, stage: int, step: int) -> torch.Generator:
         """The randomness of one update, the same on every rank: draws are global, then sliced."""
-        torch.manual_seed((2 * self.config.seed + stage) * 10**9 + step)  # dropout, if there is any
-        return torch.Generator().manual_seed((2 * self.config.seed + stage) * 10**9 + step)
+        torch.manual_seed((3 * self.config.seed + stage) * 10**9 + step)  # dropout, if there is any
+        return torch.Generator().manual_seed((3 * self.config.seed + stage) * 10**9 + step)
 
     def bind(self, path: Path, saved: dict, *groups: str) -> None:
         """UsageError where a checkpoint was made with other values in these groups."""
@@ -234,36 +85,21 @@ class Trainer:
                 )
 
     def fit(
-        self, stage, path, module, online, weigh, draw, steps, lr, decay=0.0, ema=None, **extra
+        self, stage, path, module, online, weigh, draw, steps, lr, decay, after, ema=None, **extra
     ):
-        """The loop (Alg. 2 for the student): draw, loss, gradient, step, EMA; log; save; resume.
+        """The loop (Alg. 2 for the student): draw, loss, gradient, step; log; save; resume.
 
         module(*draw(step)) gives a dict of loss terms and weigh(terms) their sum; `online` is the
-        network that is trained and saved, `extra` what its checkpoint holds besides.
+        network that is trained and saved, `after` what follows each update, `extra` what its
+        checkpoint holds besides.
         """
         config = self.config
         online.requires_grad_(True)
         optimizer = torch.optim.AdamW(online.parameters(), lr=lr, weight_decay=decay)
-        start = 0
-        if path.exists():
-            saved = load(path, stage)
-            self.bind(path, saved["config"], stage, BOTH)
-            for key in extra:  # what the student depends on besides: its clock and its teacher
-                if saved[key] != extra[key]:
-                    raise UsageError(f"{path} has {key} {saved[key]}, not {extra[key]}; delete it")
-            online.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            if ema is not None:
-                ema.load_state_dict(saved["ema"])
-            start = saved["step"]
+        parts = {"model": online, "optimizer": optimizer, **({} if ema is None else {"ema": ema})}
+        start = self.restore(stage, path, parts, extra)
         model = DistributedDataParallel(module) if self.world > 1 else module
-
-        def keep(step: int) -> None:
-            if not self.rank:
-                averages = {} if ema is None else {"ema": ema.state_dict()}
-                contents = dict(model=online.state_dict(), optimizer=optimizer.state_dict())
-                settings = dataclasses.asdict(config)
-                save(path, stage, step=step, config=settings, **contents, **averages, **extra)
+        advice = f"{path} keeps the last good state (if any); a lower learning rate may help"
 
         quiet = None if not self.rank else True  # None: a bar on a terminal only
         bar = tqdm(range(start, steps), stage, steps, initial=start, disable=quiet, unit="update")
@@ -271,34 +107,77 @@ class Trainer:
             batch = draw(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step, steps)
-            kept = f"{path} keeps the last good state (if any); a lower learning rate may help"
             try:
                 half = config.dtype == "bf16"
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                     terms = model(*batch)
             except FloatingPointError as error:  # the solver's word for a network that diverged
-                raise UsageError(f"{stage}: {error}, at step {step}; {kept}") from error
+                raise UsageError(f"{stage}: {error}, at step {step}; {advice}") from error
             optimizer.zero_grad(set_to_none=True)
             weigh(terms).backward()  # Alg. 2, l. 7
             values = {f"{name} loss": term.item() for name, term in terms.items()}
-            norm = nn.utils.clip_grad_norm_(online.parameters(), config.clip)
-            for name, value in {**values, "gradient's norm": norm.item()}.items():
+            norm = nn.utils.clip_grad_norm_(online.parameters(), config.clip).item()
+            for name, value in {**values, "gradient's norm": norm}.items():
                 if not math.isfinite(value):
-                    raise UsageError(f"{stage}: the {name} is {value} at step {step}; {kept}")
+                    raise UsageError(f"{stage}: the {name} is {value} at step {step}; {advice}")
             optimizer.step()  # Alg. 2, l. 8
-            if ema is not None:
-                update_ema(ema, online, config.mu)  # Alg. 2, l. 9
+            after()
             if step % config.log_every == 0 or step + 1 == steps:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-                self.log(
-                    stage=stage, student=config.name, step=step, **values, gradient=norm.item()
-                )
+                self.log(stage=stage, student=config.name, step=step, **values, gradient=norm)
                 if bar.disable:
                     text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
                     self.say(f"{stage} {step}/{steps}: {text}")
-            if (step + 1) % config.save_every == 0 and step + 1 < steps:
-                keep(step + 1)
-        keep(steps)
+            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+                self.keep(stage, path, parts, extra, step + 1)
+
+    def keep(self, stage: str, path: Path, parts: dict, extra: dict, step: int) -> None:
+        """Writes a stage's checkpoint after so many updates."""
+        if not self.rank:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save(path, stage, step=step, config=dataclasses.asdict(self.config), **states, **extra)
+
+    def restore(self, stage: str, path: Path, parts: dict, extra: dict) -> int:
+        """Loads a stage's checkpoint, if there is one, and returns its number of updates."""
+        if not path.exists():
+            return 0
+        saved = load(path, stage)
+        self.bind(path, saved["config"], stage, BOTH)
+        for key, value in extra.items():  # what the student depends on: its clock, its teacher
+            if saved[key] != value:
+                raise UsageError(f"{path} has {key} {saved[key]}, not {value}; delete it")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        return saved["step"]
+
+
+def train_explicit(run: Trainer) -> None:
+    """A reference network of finite depth, on the same input, by the same loop."""
+    config, task = run.config, run.task
+    path = run.folder / f"explicit-{config.explicit}.pt"
+    if task.explicit is None:
+        raise UsageError(f"--stage explicit: {task.name} has no explicit networks")
+    torch.manual_seed(config.seed)
+    net = task.explicit(config.explicit).to(run.device).train()
+    if finished(path, "explicit", config.explicit_steps):
+        run.bind(path, load(path, "explicit")["config"], EXPLICIT)
+        return
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"task": net.nll(x, y).mean()}
+
+    def draw(step: int) -> tuple:
+        run.generator(2, step)
+        return tuple(v.to(run.device) for v in task.train.batch(torch.zeros(1, dtype=torch.long)))
+
+    steps, lr, decay = config.explicit_steps, config.explicit_lr, config.explicit_decay
+    total_of = lambda terms: terms["task"]  # noqa: E731
+    run.fit("explicit", path, Loss(), net, total_of, draw, steps, lr, decay, lambda: None)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -311,13 +190,18 @@ def train_teacher(run: Trainer) -> Equilibrium:
     """The DEQ itself; returns the finished teacher, frozen."""
     config, task, path = run.config, run.task, run.folder / "teacher.pt"
     torch.manual_seed(config.seed)
-    net = task.network(config.preset).to(run.device)
+    net = task.network(dataclasses.asdict(config)).to(run.device)
     if not finished(path, "teacher", config.teacher_steps):
         if config.compile:
             net.cell.compile()
         solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
         module = TeacherLoss(net, config.solver_steps, config.phantom, config.tau, **solver)
         state = state_shape(run, net)
+        numbers = config.batch // run.world * state.numel()
+        run.say(
+            f"Anderson acceleration: {2 * config.m + 2} states (2 m + 2) x {numbers:,} numbers x "
+            f"4 bytes = {(2 * config.m + 2) * numbers * 4e-9:.3g} GB per process"
+        )
 
         def draw(step: int) -> tuple:
             generator = run.generator(0, step)
@@ -335,12 +219,14 @@ def train_teacher(run: Trainer) -> Equilibrium:
             return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
 
         steps, lr, decay = config.teacher_steps, config.teacher_lr, config.teacher_decay
-        run.fit("teacher", path, module, net.train(), weigh, draw, steps, lr, decay)
+        run.fit("teacher", path, module, net.train(), weigh, draw, steps, lr, decay, net.project)
         barrier(run)
     saved = load(path, "teacher")
     run.bind(path, saved["config"], TEACHER, BOTH)
-    net = task.network(config.preset)
+    net = task.network(dataclasses.asdict(config))
     net.load_state_dict(saved["model"])
+    if config.compile:
+        net.cell.compile()
     return net.to(run.device).eval().requires_grad_(False)
 
 
@@ -356,9 +242,7 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
     config, split = run.config, run.task.train
     solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
     dtype = DTYPES[config.cache_dtype]
-    state = teacher.initial(teacher.inject(split.batch(torch.arange(1))[0].to(run.device))).shape[
-        1:
-    ]
+    state = state_shape(run, teacher)
     limits = config.cache_gb, config.disk_gb
     kind, message = trajectories.plan(len(split), state, config.K, dtype, *limits)
     if config.store != "auto":
@@ -411,8 +295,9 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     settings = dataclasses.asdict(config)
     student = infer.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
     ema = infer.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
-    if config.compile:
+    if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
+        ema.cell.compile()
     module = Distillation(teacher, student, ema, config.distance)
     last = math.ceil(config.early * config.K)
     chance = last / config.K
@@ -442,7 +327,11 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
 
     steps, lr = config.student_steps, config.student_lr
     extra = dict(rho=rho, teacher=fingerprint(teacher))
-    run.fit("student", path, module, student, weigh, draw, steps, lr, ema=ema, **extra)
+
+    def average() -> None:
+        update_ema(ema, student, config.mu)  # Alg. 2, l. 9
+
+    run.fit("student", path, module, student, weigh, draw, steps, lr, 0.0, average, ema, **extra)
     barrier(run)
     pick_decay(run, path)
 
@@ -469,7 +358,7 @@ def finished(path: Path, stage: str, steps: int) -> bool:
     if not path.exists():
         return False
     saved = load(path, stage)
-    return saved["step"] >= steps and (stage == "teacher" or "decay" in saved)
+    return saved["step"] >= steps and (stage != "student" or "decay" in saved)
 
 
 def barrier(run: Trainer) -> None:
@@ -477,13 +366,11 @@ def barrier(run: Trainer) -> None:
         dist.barrier()
 
 
-def main(argv: list[str]) -> None:
-    config, task = parse(argv)
-    run = Trainer(config, task)
-    if run.world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
-    teacher_ready = finished(run.folder / "teacher.pt", "teacher", config.teacher_steps)
-    if config.stage in ("student", "evaluate") and not teacher_ready:
+def train_and_evaluate(run: Trainer) -> None:
+    """Teacher, trajectories, student, report: what is missing of the stages asked for."""
+    config, path = run.config, run.folder / "teacher.pt"
+    needs = config.stage in ("student", "evaluate")
+    if needs and not finished(path, "teacher", config.teacher_steps):
         raise UsageError(
             f"--stage {config.stage}: {run.folder} has no finished teacher; train it first"
         )
@@ -491,10 +378,20 @@ def main(argv: list[str]) -> None:
     if config.stage in ("all", "student"):
         train_student(run, teacher)
     if config.stage in ("all", "evaluate"):
-        opened = infer.open_run(run.folder, config.data, run.device.type)
-        result = compare.report(opened)
+        result = compare.report(infer.open_run(run.folder, config.data, run.device.type))
         if not run.rank:
             print(compare.write(result, run.folder / "report"))
+
+
+def main(argv: list[str]) -> None:
+    config, task = parse(argv, __doc__)
+    run = Trainer(config, task)
+    if run.world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
+    if config.stage == "explicit":
+        train_explicit(run)
+    else:
+        train_and_evaluate(run)
     if run.world > 1:
         dist.destroy_process_group()
 

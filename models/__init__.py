@@ -16,13 +16,10 @@ class Cell(nn.Module):
 
     channels: tuple[int, ...]
 
-    def branches(self, z: Tensor, u: Tensor) -> list[Tensor]:
-        """One layer evaluation with u = inject(x), as features of the new state."""
+    def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
+        """One layer evaluation with u = inject(x): the features of the new state, not yet joined,
+        since the student's W goes in between."""
         raise NotImplementedError
-
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """One layer evaluation, z -> f(z, x)."""
-        return self.join(self.branches(z, u))
 
     def features(self, z: Tensor) -> list[Tensor]:
         """Views of z with channels last, one per branch, sample dimensions first."""
@@ -43,7 +40,7 @@ class Equilibrium(nn.Module):
     cell: Cell
 
     def f(self, z: Tensor, u: Tensor) -> Tensor:
-        return self.cell(z, u)  # Eq. 1: z* = f(z*, u)
+        return self.cell.join(self.cell(z, u))  # Eq. 1: z* = f(z*, u)
 
     def features(self, z: Tensor) -> list[Tensor]:
         return self.cell.features(z)
@@ -57,9 +54,16 @@ class Equilibrium(nn.Module):
         raise NotImplementedError
 
     def head(self, z: Tensor) -> Tensor:
-        """Task logits of a state, (B, classes); frozen during distillation."""
+        """Task logits of a state, (B, ..., classes); frozen during distillation."""
         raise NotImplementedError
 
+    def project(self) -> None:
+        """Puts the weights back where an equilibrium exists; called after every update."""
+
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of the labels y given a state, nats per sample: (B,) fp32."""
-        return F.cross_entropy(self.head(z).float(), y, reduction="none")
+        """Cross-entropy, nats: the mean over the labels >= 0 of each sample, (B,) fp32."""
+        logits = self.head(z).float()
+        losses = F.cross_entropy(
+            logits.flatten(0, -2), y.flatten(), ignore_index=-1, reduction="none"
+        ).view(len(y), -1)
+        return losses.sum(1) / (y.view(len(y), -1) >= 0).sum(1)

@@ -92,7 +92,7 @@ class MDEQCell(Cell):
     def join(self, features: list[Tensor]) -> Tensor:
         return torch.cat([v.flatten(1) for v in features], dim=1)
 
-    def branches(self, z: Tensor, u: Tensor) -> list[Tensor]:
+    def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
         maps = [v.permute(0, 3, 1, 2) for v in self.features(z)]
         y = [
             block(v, u if i == 0 else None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import Equilibrium
 
@@ -49,7 +49,11 @@ class Task:
     """A data set with its network and metric.
 
     score(logits, y): the metric's summand for each sample, (B,). read(path): a user's own file as
-    one input (1, ...). defaults: values of train.Config that suit this task.
+    one input (1, ...). network(settings): the teacher that a dict of settings asks for by `preset`
+    and `options`, the settings besides it that this network knows. defaults: settings that suit
+    the task. nfes: columns of
+    its tables. note: said in every table. explicit(name): a reference network of finite depth;
+    references: those that the tables have; rivals: presets whose solvers have rows of their own.
     """
 
     name: str
@@ -58,12 +62,18 @@ class Task:
     train: Split
     valid: Split
     test: Split
-    network: Callable[[str], Equilibrium]
+    network: Callable[[dict], Equilibrium]
     presets: tuple[str, ...]
     score: Callable[[Tensor, Tensor], Tensor]
     read: Callable[[Path], Tensor]
     classes: tuple[str, ...]
     defaults: dict = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    nfes: tuple[int, ...] = (1, 2, 3, 4, 8, 16)
+    note: str = ""
+    explicit: Callable[[str], nn.Module] | None = None
+    references: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
 
 
 def positions(n: int, first: int, count: int, seed: int) -> tuple[Tensor, int]:

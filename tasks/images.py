@@ -48,7 +48,7 @@ def digits(data: Path) -> Task:
         train=Split(x[train], y[train], jitter),
         valid=Split(x[valid], y[valid]),
         test=Split(x[test], y[test]),
-        network=lambda preset: MDEQ(**PRESETS[preset]),
+        network=lambda settings: MDEQ(**PRESETS[settings["preset"]]),
         presets=presets,
         score=accuracy,
         read=read_digit,

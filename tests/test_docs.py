@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 FLOORS = [
     {"checkpoint", "anderson", "fpode"},
     {"student", "models", "tasks"},
-    {"losses", "trajectories"},
+    {"losses", "trajectories", "config"},
     {"infer", "compare", "train"},
 ]
 

@@ -1,0 +1,186 @@
+"""Every setting of a run: one frozen dataclass, its ranges, its flags, the two recipes.
+
+A field is a flag of train.py of the same name. `allowed` is checked and printed by the same text;
+`group` says which checkpoints the value is part of. Flags win over the recipe, the recipe over the
+task's defaults, these over the ones written here.
+
+Recipes are presets of flags. `paper`: Alg. 2 to the letter. `rollout`, the default: k = 0 is
+trained, and often; the local target is the later prediction; and a term is added for states that
+the student reaches by itself.
+"""
+
+import argparse
+import dataclasses
+import math
+import operator
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import UsageError
+from fpode import TimeMap
+from tasks import Task, graphs, images
+
+TASKS = images.TASKS | graphs.TASKS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+TEACHER, STUDENT, EXPLICIT, BOTH, RUN = "teacher", "student", "explicit", "both", "run"
+
+
+def opt(default, help: str, allowed: str = "", group: str = RUN):
+    """A Config field. allowed: "a | b", or bounds such as ">= 1 and < 5". group: the checkpoints
+    that the value is part of; RUN: it may change when a run continues."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, allowed=allowed, group=group)
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on; every field is a flag, saved in each checkpoint."""
+
+    task: str = opt("digits", "data set", " | ".join(TASKS), BOTH)
+    preset: str = opt("", "network size; empty: the task's first", "", BOTH)
+    seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
+    dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
+    batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
+    clip: float = opt(1.0, "gradient norm", "> 0", BOTH)
+    # The network; 0: the preset's
+    width: int = opt(0, "channels of a graph's state", ">= 0", BOTH)
+    hidden: int = opt(0, "of its encoder and head", ">= 0", BOTH)
+    kappa: float = opt(0.95, "bound of its contraction rate", "> 0 and < 1", BOTH)
+    dropout: float = opt(0.5, "in its encoder and head", ">= 0 and < 1", BOTH)
+    # Anderson acceleration of the teacher (Alg. 3)
+    m: int = opt(6, "states in the window", ">= 1", BOTH)
+    beta: float = opt(1.0, "mixing", "> 0 and <= 1", BOTH)
+    ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
+    # The teacher
+    teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
+    teacher_lr: float = opt(3e-3, "peak learning rate of AdamW, cosine to 0", "> 0", TEACHER)
+    teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
+    augment: bool = opt(True, "random views of the inputs", "", TEACHER)
+    solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
+    phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
+    tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
+    jac_weight: float = opt(0.2, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
+    jac_prob: float = opt(0.3, "share of the updates that have it", ">= 0 and <= 1", TEACHER)
+    # Trajectories (Alg. 4, Eqs. 6 and 13)
+    K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
+    z0: str = opt("zeros", "initial state", "zeros | normal", STUDENT)
+    p_aug: float = opt(0.1, "probability of z_k <- z_K", ">= 0 and <= 1", STUDENT)
+    k_min: int = opt(1, "first step that may be replaced", ">= 1", STUDENT)
+    k_tail: int = opt(3, "steps before K that are kept", ">= 0", STUDENT)
+    rho: float = opt(0.0, "rate of the clock; 0: measured", ">= 0", STUDENT)
+    eps: float = opt(0.002, "first time", ">= 0", STUDENT)
+    T: float = opt(5.0, "last time", "> 0", STUDENT)
+    # The student and its losses (Alg. 2)
+    recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", STUDENT)
+    name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
+    student_steps: int = opt(600, "updates", ">= 1", STUDENT)
+    student_lr: float = opt(2e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
+    mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
+    lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", STUDENT)
+    lam2: float = opt(0.05, "task loss", ">= 0", STUDENT)
+    early: float = opt(0.25, "first share of steps, with task loss", "> 0 and <= 1", STUDENT)
+    gamma: float = opt(1.0, "exponent of c_skip", ">= 1", STUDENT)
+    distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", STUDENT)
+    aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
+    alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
+    k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
+    local: str = opt("later", "target of Eq. 10, k - 1 or k + 1", "earlier | later", STUDENT)
+    rollout: float = opt(1.0, "weight of the loss on own states", ">= 0", STUDENT)
+    rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
+    # Explicit reference networks
+    explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
+    explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
+    explicit_decay: float = opt(0.0, "its weight decay", ">= 0", EXPLICIT)
+    # Storage
+    store: str = opt("auto", "of trajectories", "auto | memory | disk | rolling")
+    cache_gb: float = opt(4.0, "memory for trajectories, GB per process", "> 0")
+    disk_gb: float = opt(50.0, "disk for trajectories, GB", ">= 0")
+    cache_dtype: str = opt("fp32", "of stored states", "fp32 | bf16", STUDENT)
+    chunk: int = opt(128, "samples solved together, and per shard", ">= 1")
+    reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
+    # This start of the command
+    stage: str = opt("all", "what to do", "all | teacher | student | evaluate | explicit")
+    explicit: str = opt("gcn", "network of --stage explicit", "gcn | gat | gcnii")
+    data: str = opt("data", "folder of the data sets, or a user's own file")
+    out: str = opt("", "run folder; empty: runs/TASK")
+    device: str = opt("auto", "of all processes", "auto | cpu | cuda")
+    compile: bool = opt(False, "torch.compile the cells")
+    save_every: int = opt(50, "updates between checkpoints", ">= 1")
+    log_every: int = opt(20, "updates between log lines", ">= 1")
+
+
+RECIPES = {
+    "rollout": {},
+    "paper": dict(k0=0.0, local="earlier", rollout=0.0, name="paper"),
+}
+COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def check(config: Config) -> None:
+    """UsageError for the first value that is out of its range, with the range."""
+    for field in dataclasses.fields(Config):
+        value, allowed = getattr(config, field.name), field.metadata["allowed"]
+        if "|" in allowed or field.name == "task":
+            ok = value in allowed.split(" | ")
+        else:
+            bounds = re.findall(r"([<>]=?) ([\d.]+)", allowed)
+            ok = all(COMPARE[sign](value, float(bound)) for sign, bound in bounds)
+            ok = ok and (not isinstance(value, float) or math.isfinite(value))
+        if not ok:
+            raise UsageError(f"--{field.name} {value}: allowed is {allowed or 'a finite number'}")
+    if config.k_min > config.K - config.k_tail and config.p_aug > 0:
+        raise UsageError(
+            f"--k_min {config.k_min} --k_tail {config.k_tail}: no step of K = {config.K} is between"
+        )
+    if not re.fullmatch(r"[\w.-]*", config.name):
+        raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
+    try:
+        TimeMap(config.rho or 1e-3, config.K, config.eps, config.T)
+    except ValueError as error:
+        raise UsageError(
+            f"--rho {config.rho} --eps {config.eps} --T {config.T}: {error}"
+        ) from error
+
+
+def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
+    """The settings that a command line asks for, and their task; UsageError for bad ones."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    for field in dataclasses.fields(Config):
+        allowed = field.metadata["allowed"]
+        text = f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}{field.default!r})"
+        kind = (
+            dict(action=argparse.BooleanOptionalAction)
+            if field.type is bool
+            else dict(type=field.type, metavar=field.type.__name__.upper())
+        )
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    name, recipe = (given.get(key, getattr(Config, key)) for key in ("task", "recipe"))
+    check(Config(task=name, recipe=recipe))
+    task = TASKS[name](Path(given.get("data", Config.data)))
+    chosen = {"preset": task.presets[0], "out": f"runs/{name}", **task.defaults, **RECIPES[recipe]}
+    config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
+    check(config)
+    for key in ("width", "hidden", "kappa", "dropout"):
+        if key in given and key not in task.options:
+            raise UsageError(f"--{key}: the networks of {name} have no such setting")
+    if config.preset not in task.presets:
+        raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
+    return config, task
+
+
+def refuse(message: str):
+    """argparse's error handler: the message alone, without the usage text."""
+    raise UsageError(f"{message}; see --help")

@@ -1,0 +1,285 @@
+"""Node classification: the whole graph is one input, the splits are masks over its nodes.
+
+`ogbn-arxiv`, `ogbn-products` (Hu et al., 2020): ogb's loader, evaluator and split. `cora`,
+`citeseer`, `pubmed` (Planetoid; Yang et al., 2016): 60/20/20 random split, the same in every run;
+`cora-public` and so on: the public split of 20 labels a class. `digits-graph`: the embedded digits,
+each joined to its 8 nearest neighbours by pixels. `graph`: a user's own, `--data FILE`, an .npz or
+a .pt of edge_index (2, E), x (N, p), y (N,) and boolean train_mask, valid_mask, test_mask (N,).
+
+Labels outside a split's mask are -1, which losses and metrics pass over. All features and edges are
+seen in training (the transductive setting of these benchmarks), labels only of the train split.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import UsageError
+from models.explicit import EXPLICIT
+from models.ignn import IGNN, PRESETS, Graph
+from tasks import Split, Task
+
+ARXIV_FIRST = -0.0579  # first number of the official features: anything else is a stand-in
+NFES = (1, 2, 3, 5, 10, 20)
+OPTIONS = ("width", "hidden", "kappa", "dropout")
+MASKS = ("train_mask", "valid_mask", "test_mask")
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# One graph per process and update; a random draw of k for each.
+SMALL = dict(
+    batch=2 * WORLD, cache_gb=8.0, jac_weight=0.0, augment=False, save_every=200,
+    teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
+    student_steps=1500, student_lr=2e-3, rollout_max=12,
+)  # fmt: skip
+LARGE = SMALL | dict(batch=WORLD, save_every=20)
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Per cent of the labelled nodes whose likeliest class is right, for each graph: (B,)."""
+    known = y >= 0
+    return 100 * ((logits.argmax(-1) == y) & known).sum(1) / known.sum(1)
+
+
+def ogb_accuracy(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same by OGB's own evaluator."""
+    from ogb.nodeproppred import Evaluator
+
+    evaluator = Evaluator(name)
+
+    def score(logits: Tensor, y: Tensor) -> Tensor:
+        known = y[0] >= 0
+        truth, guess = y[0][known, None], logits[0].argmax(-1)[known, None]
+        return torch.tensor([100 * evaluator.eval({"y_true": truth, "y_pred": guess})["acc"]])
+
+    return score
+
+
+def checked(data: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A graph's tensors with their types; UsageError names the first thing that is wrong."""
+    missing = [key for key in ("edge_index", "x", "y", *MASKS) if key not in data]
+    if missing:
+        raise UsageError(f"{source}: no {', '.join(missing)} in it")
+    edges, x, y = data["edge_index"].long(), data["x"].float(), data["y"].long().flatten()
+    masks = torch.stack([data[key].bool().flatten() for key in MASKS])
+    N = len(x)
+    if x.dim() != 2 or edges.dim() != 2 or len(edges) != 2:
+        raise UsageError(
+            f"{source}: need x (N, p), edge_index (2, E); got {[*x.shape], [*edges.shape]}"
+        )
+    if len(y) != N or masks.shape[1] != N:
+        raise UsageError(f"{source}: {N} rows of x, {len(y)} of y, {masks.shape[1]} of the masks")
+    if edges.numel() and (edges.min() < 0 or edges.max() >= N):
+        raise UsageError(
+            f"{source}: edge_index must be in 0 .. {N - 1}, has {edges.min()} .. {edges.max()}"
+        )
+    if not x.isfinite().all():
+        row = int((~x.isfinite()).any(1).nonzero()[0])
+        raise UsageError(f"{source}: x has numbers that are not finite, first in row {row}")
+    for key, mask in zip(MASKS, masks, strict=True):
+        if not mask.any():
+            raise UsageError(f"{source}: {key} is empty")
+    if (masks.sum(0) > 1).any():
+        node = int((masks.sum(0) > 1).nonzero()[0])
+        raise UsageError(f"{source}: the masks overlap, first at node {node}")
+    used = y[masks.any(0)]
+    if used.min() < 0 or used.max() >= N:
+        raise UsageError(f"{source}: labels must be 0, 1, ..., has {used.min()} .. {used.max()}")
+    return dict(edge_index=edges, x=x, y=y, masks=masks)
+
+
+def node_task(
+    name: str,
+    data: Mapping[str, Tensor],
+    sizes: dict,
+    defaults: dict,
+    score=accuracy,
+    note: str = "",
+    references: tuple[str, ...] = ("gcn", "gat", "gcnii"),
+) -> Task:
+    """The task of a graph: one input, three label vectors, the networks that fit it."""
+    graph = checked(data, name)
+    x, y, masks = graph["x"][None], graph["y"], graph["masks"]
+    classes = int(y[masks.any(0)].max()) + 1
+    split = [Split(x, torch.where(mask, y, -1)[None]) for mask in masks]
+
+    @functools.cache
+    def adjacency(norm: str) -> Graph:
+        return Graph(graph["edge_index"], x.shape[1], norm)
+
+    def network(settings: dict) -> IGNN:
+        chosen = sizes | PRESETS[settings["preset"]]
+        chosen |= {key: settings[key] for key in ("width", "hidden") if settings[key]}
+        chosen |= {key: settings[key] for key in ("kappa", "dropout")}
+        return IGNN(adjacency(chosen.pop("norm", "sym")), x.shape[2], classes, **chosen)
+
+    def explicit(kind: str):
+        return EXPLICIT[kind](adjacency("sym"), x.shape[2], classes)
+
+    def read(path: Path) -> Tensor:
+        raise UsageError(f"--files {path}: {name} is one graph; train on your own by --task graph")
+
+    return Task(
+        name=name,
+        metric="accuracy",
+        higher_is_better=True,
+        train=split[0],
+        valid=split[1],
+        test=split[2],
+        network=network,
+        presets=tuple(PRESETS),
+        options=OPTIONS,
+        score=score,
+        read=read,
+        classes=tuple(map(str, range(classes))),
+        defaults=defaults,
+        nfes=NFES,
+        note=note,
+        explicit=explicit,
+        references=references,
+        rivals=("eignn", "mignn"),
+    )
+
+
+def ogbn(name: str, data: Path, files: tuple[str, ...], sizes: dict) -> Task:
+    """A node task of OGB from data/NAME, downloaded by ogb where it is not there yet."""
+    from ogb.nodeproppred import PygNodePropPredDataset
+
+    folder = data / name.replace("-", "_")
+    expected = [folder / file for file in files]
+    missing = [str(file) for file in expected if not file.exists()]
+    if folder.exists() and missing:
+        raise UsageError(f"{folder} is incomplete, missing {', '.join(missing)}: add or delete it")
+    try:
+        with pyg_pickles():
+            dataset = PygNodePropPredDataset(name, root=str(data))
+    except (OSError, EOFError, RuntimeError) as error:  # no network; no one to confirm the download
+        raise UsageError(
+            f"{name} cannot be downloaded ({error}); by hand, put ogb's archive into {folder}: "
+            + ", ".join(files)
+        ) from error
+    whole, parts = dataset[0], dataset.get_idx_split()
+    masks = {
+        key: torch.zeros(whole.num_nodes, dtype=torch.bool).index_fill_(0, parts[part], True)
+        for key, part in zip(MASKS, ("train", "valid", "test"), strict=True)
+    }
+    note = ""
+    if name == "ogbn-arxiv" and abs(whole.x[0, 0].item() - ARXIV_FIRST) > 1e-3:
+        note = "ogbn-arxiv graph, structural features"
+    content = dict(edge_index=whole.edge_index, x=whole.x, y=whole.y, **masks)
+    return node_task(name, content, sizes, LARGE, ogb_accuracy(name), note, ("gcn",))
+
+
+@contextmanager
+def pyg_pickles():
+    """Lets torch.load's safe mode build PyG's data classes, which ogb 1.3.6 has in its files."""
+    from torch_geometric.data.data import Data, DataEdgeAttr, DataTensorAttr
+    from torch_geometric.data.storage import GlobalStorage
+
+    with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+        yield
+
+
+OGB_RAW = tuple(
+    f"raw/{part}.csv.gz"
+    for part in ("edge", "node-feat", "node-label", "num-node-list", "num-edge-list")
+)
+
+
+def ogbn_arxiv(data: Path) -> Task:
+    files = *OGB_RAW, *(f"split/time/{part}.csv.gz" for part in ("train", "valid", "test"))
+    return ogbn("ogbn-arxiv", data, files, dict(width=128, hidden=256))
+
+
+def ogbn_products(data: Path) -> Task:
+    files = *OGB_RAW, *(f"split/sales_ranking/{part}.csv.gz" for part in ("train", "valid", "test"))
+    return ogbn("ogbn-products", data, files, dict(width=128, hidden=256))
+
+
+def planetoid(name: str, public: bool, data: Path) -> Task:
+    """Cora, CiteSeer or PubMed from data/planetoid."""
+    import logging
+
+    from torch_geometric.datasets import Planetoid
+    from torch_geometric.transforms import NormalizeFeatures
+
+    root = data / "planetoid"
+    raw = root / name / "raw"
+    parts = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+    files = [raw / f"ind.{name.lower()}.{part}" for part in parts]
+    missing = [str(file) for file in files if not file.exists()]
+    if raw.exists() and missing:
+        raise UsageError(f"{raw} is incomplete, missing {', '.join(missing)}: add or delete it")
+    logging.getLogger("torch_geometric").setLevel(logging.WARNING)
+    try:
+        whole = Planetoid(str(root), name, transform=NormalizeFeatures())[0]
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"{name} cannot be downloaded ({error}); by hand, put these into {raw}: "
+            + ", ".join(file.name for file in files)
+        ) from error
+    if public:
+        masks = whole.train_mask, whole.val_mask, whole.test_mask
+    else:
+        masks = random_masks(whole.num_nodes)
+    content = dict(
+        zip(MASKS, masks, strict=True), edge_index=whole.edge_index, x=whole.x, y=whole.y
+    )
+    return node_task(name.lower() + "-public" * public, content, dict(width=64, hidden=64), SMALL)
+
+
+def random_masks(N: int) -> tuple[Tensor, Tensor, Tensor]:
+    """60 % of the nodes to train, 20 to validate, 20 to test."""
+    rank = torch.randperm(N, generator=torch.Generator().manual_seed(0)) / N
+    return rank < 0.6, (rank >= 0.6) & (rank < 0.8), rank >= 0.8
+
+
+def digits_graph(data: Path) -> Task:
+    """The embedded graph; `data` is not used."""
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    images, labels = load_digits(return_X_y=True)
+    near = kneighbors_graph(images, n_neighbors=8).tocoo()
+    content = dict(
+        zip(MASKS, random_masks(len(labels)), strict=True),
+        edge_index=torch.tensor([near.row.tolist(), near.col.tolist()]),
+        x=torch.tensor(images, dtype=torch.float32) / 8 - 1,
+        y=torch.tensor(labels),
+    )
+    return node_task("digits-graph", content, dict(width=32, hidden=32), SMALL)
+
+
+def own_graph(data: Path) -> Task:
+    """A user's graph from one file."""
+    import numpy as np
+
+    if not data.is_file():
+        raise UsageError(f"--data {data}: --task graph needs a file, .npz or .pt")
+    try:
+        if data.suffix == ".npz":
+            with np.load(data, allow_pickle=False) as file:
+                content = {key: torch.from_numpy(file[key]) for key in file.files}
+        else:
+            content = torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file makes a reader raise
+        raise UsageError(f"--data {data} is no .npz or .pt of tensors ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--data {data} holds a {type(content).__name__}, not a dict of tensors")
+    return node_task("graph", content, dict(width=64, hidden=128), SMALL)
+
+
+TASKS = {
+    "digits-graph": digits_graph,
+    "ogbn-arxiv": ogbn_arxiv,
+    "ogbn-products": ogbn_products,
+    **{
+        name.lower() + "-public" * public: functools.partial(planetoid, name, public)
+        for name in ("Cora", "CiteSeer", "PubMed")
+        for public in (False, True)
+    },
+    "graph": own_graph,
+}
