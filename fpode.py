@@ -85,16 +85,15 @@ class TimeMap:
         """Solver steps (any shape, integer) -> virtual times, fp32."""
         return self.eps + (1 - torch.exp(-self.rho * k.float())) * (self.T - self.eps)  # Eq. 6
 
-    def s(self, t: Tensor) -> Tensor:
+    def s(self, t: Tensor | float) -> Tensor | float:
         """Virtual times -> fractions of the way to the equilibrium, in [0, 1]."""
         return (t - self.eps) / (self.T - self.eps)
 
-    def schedule(self, J: int, decay: float) -> Tensor:
-        """Times t_0 .. t_{J-1} of a J-step inference, (J,) fp32; a prefix of any longer one."""
+    def schedule(self, J: int, decay: float) -> list[float]:
+        """Times t_0 .. t_{J-1} of a J-step inference; a prefix of any longer one."""
         if J < 1 or not 0 < decay < 1:
             raise ValueError(f"need J >= 1 and 0 < decay < 1; got {J=}, {decay=}")
-        ratio = 1 - decay ** torch.arange(J, dtype=torch.float32)
-        return self.eps + ratio * (self.T - self.eps)  # App. B.3
+        return [self.eps + (1 - decay**j) * (self.T - self.eps) for j in range(J)]  # App. B.3
 
 
 def contraction(trajectory: Tensor, sample_dims: int = 1, floor: float = 1e-3) -> float:

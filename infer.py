@@ -42,7 +42,7 @@ DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # candidates for the schedule's base
 def cdeq(student: Student, z0: Tensor, u: Tensor, J: int, decay: float, last: bool = False):
     """Alg. 1: z_{t_0} .. z_{t_J} as (J + 1, B, ...), or z_{t_J} alone; exactly J evaluations."""
     z, history, states = z0, None, [z0]
-    for t in student.times.schedule(J, decay).to(z0.device):
+    for t in student.times.schedule(J, decay):
         z, history = student.step(z, t, u, history)  # Alg. 1, l. 1-2, then l. 5-6
         if not last:
             states.append(z)
@@ -60,7 +60,7 @@ def anytime(
     answer, nfe = z0.clone(), torch.full((len(z0),), max_nfe, device=z0.device)
     active = torch.arange(len(z0), device=z0.device)
     z, history = z0, None
-    for j, t in enumerate(student.times.schedule(max_nfe, decay).to(z0.device)):
+    for j, t in enumerate(student.times.schedule(max_nfe, decay)):
         z_next, history = student.step(z, t, u[active], history)
         change = (z_next - z).flatten(1).norm(dim=1)
         going = change > tol * z_next.flatten(1).norm(dim=1)

@@ -64,7 +64,7 @@ class Distillation(nn.Module):
         j: Tensor,
         states: tuple[Tensor, ...],
         early: Tensor | None,
-        rollout: Tensor | None,
+        rollout: list[float] | None,
     ) -> dict[str, Tensor]:
         """x, y (B, ...); k and j (B,), the step and its local target's; states (z_{k-1}, z_k,
         z_{j-1}, z_j, z_K), each (B, ...); early (B,): weights of the task loss, or None;
@@ -91,7 +91,7 @@ class Distillation(nn.Module):
 
 
 @torch.no_grad()
-def run(student: Student, z: Tensor, u: Tensor, times: Tensor) -> tuple[Tensor, History]:
+def run(student: Student, z: Tensor, u: Tensor, times: list[float]) -> tuple[Tensor, History]:
     """Alg. 1 over the given times, without gradient: where the student stands, and its history."""
     history = None
     for t in times:

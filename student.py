@@ -10,7 +10,7 @@ with s = (t - eps) / (T - eps). W acts on each branch's channels: W [f' || t] = 
 so nothing is ever concatenated. W_f starts as the identity, w_t and b as zero and f' as a copy of
 the teacher's f: a fresh student's P *is* one Anderson step of the teacher.
 
-Shapes: z, h, P, g (B, state...); t (B,) or (), fp32.
+Shapes: z, h, P, g (B, state...); t (B,) fp32, or a number.
 
 A weight that the teacher constrains for its equilibrium's sake (weight norm, kappa) is a free one
 in the student, which is no contraction: P has to overshoot.
@@ -30,6 +30,7 @@ from anderson import two_point
 from fpode import TimeMap
 from models import Equilibrium
 
+Time = Tensor | float  # of each sample, (B,), or of all
 # h(z_{j-1}, t_{j-1}, x) and its residual h - z_{j-1}, kept from the step before
 History = tuple[Tensor, Tensor] | None
 
@@ -59,37 +60,44 @@ class Student(nn.Module):
             nn.init.eye_(W.weight)
             nn.init.zeros_(W.bias)
 
-    def h(self, z: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    def h(self, z: Tensor, t: Time, u: Tensor) -> Tensor:
         """The time-aware layer: one NFE."""
-        s = self.times.s(t).to(z.dtype)
+        s = self.times.s(t)
         out = []
         for v, W, w_t in zip(self.cell(z, u), self.W, self.w_t, strict=True):
-            if t.dim() == 0:  # one time for all samples: the bias takes it up
-                out.append(F.linear(v, W.weight, W.bias + s * w_t))
-            else:
-                out.append(W(v) + s.view(-1, *[1] * (v.dim() - 1)) * w_t)
+            if isinstance(s, Tensor):
+                out.append(W(v) + per_sample(s, v) * w_t)
+            else:  # one time for all samples: the bias takes it up
+                out.append(F.linear(v, W.weight, torch.add(W.bias, w_t, alpha=s)))
         return self.cell.join(out)  # Eq. 8
 
     def step(
-        self, z: Tensor, t: Tensor, u: Tensor, history: History = None
+        self, z: Tensor, t: Time, u: Tensor, history: History = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """g at (z, t), given the history of the state before, and this state's history: one NFE."""
         now = self.history(z, t, u)
         P = now[0]
         if history is not None and self.anderson:
             P = two_point(*now, *history, **self.two_point)  # Eq. 7
-        c_skip = self.times.s(t).to(z.dtype).pow(self.gamma).view(-1, *[1] * (z.dim() - 1))
+        c_skip = self.times.s(t) ** self.gamma
+        if isinstance(c_skip, Tensor):
+            c_skip = per_sample(c_skip, z)
         return torch.lerp(P, z, c_skip), now  # Eq. 5
 
-    def history(self, z: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def history(self, z: Tensor, t: Time, u: Tensor) -> tuple[Tensor, Tensor]:
         """What `step` at the next state wants to know of this one: one NFE."""
         h = self.h(z, t, u)
         return h, h - z
 
-    def g(self, z: Tensor, z_prev: Tensor, t: Tensor, t_prev: Tensor, u: Tensor) -> Tensor:
+    def g(self, z: Tensor, z_prev: Tensor, t: Time, t_prev: Time, u: Tensor) -> Tensor:
         """The consistency map from two states of a trajectory: two NFE (one without Anderson)."""
         history = self.history(z_prev, t_prev, u) if self.anderson else None
         return self.step(z, t, u, history)[0]
+
+
+def per_sample(s: Tensor, v: Tensor) -> Tensor:
+    """One number per sample, shaped to multiply v (B, ...)."""
+    return s.to(v.dtype).view(-1, *[1] * (v.dim() - 1))
 
 
 def fold(module: nn.Module) -> nn.Module:

@@ -318,7 +318,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         if config.rollout > 0:
             J = int(torch.randint(1, config.rollout_max + 1, (), generator=generator))
             pick = int(torch.randint(len(infer.DECAYS), (), generator=generator))
-            rollout = student.times.schedule(J + 1, infer.DECAYS[pick]).to(device)
+            rollout = student.times.schedule(J + 1, infer.DECAYS[pick])
         k, j = k[run.mine].to(device), j[run.mine].to(device)
         return x.to(device), y.to(device), k, j, states, early, rollout
 

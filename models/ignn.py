@@ -256,10 +256,8 @@ class IGNN(Equilibrium):
             raise ValueError(f"kappa must be in (0, 1), got {kappa}")
         self.kind = kind
         self.cell = CELLS[kind](graph, width, kappa)
-        self.encoder = perceptron(features, hidden, width, dropout)
-        self.decoder = nn.Sequential(
-            nn.LayerNorm(width), *perceptron(width, hidden, classes, dropout)
-        )
+        self.encoder = Perceptron(features, hidden, width, dropout)
+        self.decoder = Perceptron(width, hidden, classes, dropout)
 
     def inject(self, x: Tensor) -> Tensor:
         """(1, N, p) -> u (1, N, d)."""
@@ -276,6 +274,15 @@ class IGNN(Equilibrium):
         self.cell.project()
 
 
-def perceptron(p: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
-    layers = [nn.Dropout(dropout), nn.Linear(p, hidden), nn.LayerNorm(hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(hidden, out))
+class Perceptron(nn.Module):
+    """p -> hidden -> out, with batch normalisation over the nodes, ReLU and dropout."""
+
+    def __init__(self, p: int, hidden: int, out: int, dropout: float):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.BatchNorm1d(p), nn.Dropout(dropout), nn.Linear(p, hidden)),
+            *(nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2])

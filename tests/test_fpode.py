@@ -57,9 +57,9 @@ def test_the_schedule_starts_at_eps_and_is_a_prefix_of_longer_ones():
     """App. B.3; Alg. 1 begins at t_0 = eps."""
     times = TimeMap(rho=0.2, K=20)
     t = times.schedule(8, 0.8)
-    assert t[0].item() == pytest.approx(0.002)
-    assert torch.allclose(times.s(t), 1 - 0.8 ** torch.arange(8.0), atol=1e-6)
-    assert torch.equal(times.schedule(3, 0.8), t[:3])
+    assert t[0] == 0.002
+    assert [times.s(v) for v in t] == pytest.approx([1 - 0.8**j for j in range(8)])
+    assert times.schedule(3, 0.8) == t[:3]
 
 
 def test_contraction_is_measured_as_it_is():

@@ -120,8 +120,8 @@ def test_ignn_contracts_at_rate_kappa(norm):
     scale = degree.rsqrt()[:, None] if norm == "sym" else 1.0
     a, b = (10 * torch.randn_like(u) for _ in range(2))
     before, after = (scale * (a - b)).abs().max(), (scale * (net.f(a, u) - net.f(b, u))).abs().max()
-    assert after <= 0.9 * before
-    assert net.cell.W.abs().sum(1).max() <= 0.9 + 1e-12
+    assert net.cell.W.abs().sum(1).max() <= 0.9 + 1e-6  # projected in fp32
+    assert after <= (0.9 + 1e-6) * before
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -169,7 +169,7 @@ def test_a_fresh_student_is_one_solver_step(kind):
     net, u = network(kind)
     student = Student(net, train_times()).double()
     z = torch.randn_like(u)
-    assert torch.allclose(student.h(z, torch.tensor(0.5), u), net.f(z, u))
+    assert torch.allclose(student.h(z, 0.5, u), net.f(z, u))
     assert "cell.W" in dict(student.named_parameters())
     assert student.cell.graph is net.cell.graph
 

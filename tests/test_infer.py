@@ -35,7 +35,7 @@ def test_inference_is_the_consistency_map_along_its_own_states(net, student, bat
     t = student.times.schedule(4, 0.7)
     z = infer.cdeq(student, net.initial(u), u, 4, 0.7)
     for j in (1, 2, 3):
-        g = student.g(z[j], z[j - 1], t[j].expand(4), t[j - 1].expand(4), u)
+        g = student.g(z[j], z[j - 1], torch.full((4,), t[j]), t[j - 1], u)
         assert torch.allclose(g, z[j + 1], atol=1e-5)
 
 
