@@ -100,16 +100,18 @@ def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def interleaved(jobs: dict, repeats: int, device: torch.device) -> dict[object, list[float]]:
-    """Seconds of each job, all jobs taking turns within each of the repeats; one round warms up."""
+def interleaved(
+    jobs: dict, repeats: int, device: torch.device, warmup: int = 1
+) -> dict[object, list[float]]:
+    """Seconds of each job, all jobs taking turns, every second round in reverse order."""
     spent: dict = {key: [] for key in jobs}
-    for repeat in range(repeats + 1):
-        for key, job in jobs.items():
+    for repeat in range(-warmup, repeats):
+        for key in list(jobs)[:: -1 if repeat % 2 else 1]:
             synchronize(device)
             begin = time.perf_counter()
-            job()
+            jobs[key]()
             synchronize(device)
-            if repeat:
+            if repeat >= 0:
                 spent[key].append(time.perf_counter() - begin)
     return spent
 
@@ -362,7 +364,7 @@ def window_memory(m: int = 6, n: int = 8_000_000) -> float:
 
 
 @torch.no_grad()
-def student_overhead(batch: int = 128, repeats: int = 200) -> list[dict]:
+def student_overhead(batch: int = 128, repeats: int = 800) -> list[dict]:
     """J-step inference against J bare evaluations of f: the ratio of their seconds."""
     task = TASKS["digits"](Path("data"))
     net = task.network({"preset": task.presets[0]}).eval()
@@ -380,7 +382,7 @@ def student_overhead(batch: int = 128, repeats: int = 200) -> list[dict]:
     rows = []
     for J in (1, 2, 8):
         jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
-        spent = interleaved(jobs, repeats // J + 20, z0.device)
+        spent = interleaved(jobs, repeats // J + 20, z0.device, warmup=100 // J)
         ratio = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
         medians = {key: statistics.median(times) for key, times in spent.items()}
         rows.append({"J": J, "batch": batch, "seconds": medians, "ratio": ratio})

@@ -82,6 +82,8 @@ class Student(nn.Module):
         c_skip = self.times.s(t) ** self.gamma
         if isinstance(c_skip, Tensor):
             c_skip = per_sample(c_skip, z)
+        elif c_skip == 0:  # the first step of an inference keeps nothing of z_0
+            return P, now
         return torch.lerp(P, z, c_skip), now  # Eq. 5
 
     def history(self, z: Tensor, t: Time, u: Tensor) -> tuple[Tensor, Tensor]:
