@@ -121,13 +121,14 @@ def two_point(
     h_new. No gradient flows through the weight unless `alpha_grad`.
     """
     with torch.set_grad_enabled(alpha_grad and torch.is_grad_enabled()):
-        # In terms of d, not of two squared norms: their difference would not be exactly zero for a
-        # repeated state.
-        r, d = (v.flatten(sample_dims).to(accumulator(v)) for v in (r_new, r_new - r_old))
-        new, step = (torch.linalg.vector_norm(v, dim=-1).square() for v in (r, d))
-        cross = torch.linalg.vecdot(r, d)
-        sizes = 2 * (new - cross) + step  # |r_new|^2 + |r_old|^2
-        a_old = cross / (step + ridge * sizes + torch.finfo(d.dtype).tiny)
+        # <r_new, d> by polarisation, from three norms: half the time of a dot product, and exactly
+        # zero for a repeated state.
+        new, old, step = (
+            torch.linalg.vector_norm(v.flatten(sample_dims), dim=-1, dtype=accumulator(v)).square()
+            for v in (r_new, r_old, r_new - r_old)
+        )
+        a_old = (new - old + step) / 2
+        a_old = a_old / (step + ridge * (new + old) + torch.finfo(step.dtype).tiny)
         a_old = a_old.to(h_new.dtype).view(*a_old.shape, *[1] * (h_new.dim() - sample_dims))
     return torch.lerp(h_new, h_old, a_old)  # Eq. 7
 
