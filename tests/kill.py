@@ -2,8 +2,8 @@
 
 usage: kill.py KILLS SEED LONGEST FLAGS...   FLAGS: of train.py; LONGEST: seconds until a kill
 
-Prints how often it killed a living process. The libraries are loaded once and every start is a
-fork of this process, so that a start costs milliseconds.
+Prints how often it killed a living process, and at how many different numbers of saved updates. The
+libraries are loaded once and every start is a fork of this process: a start costs milliseconds.
 """
 
 import os
@@ -17,6 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import train
+from checkpoint import load
+from config import parse
+
+STAGES = "teacher", "student"
 
 
 def start(flags: list[str]) -> int:
@@ -28,18 +32,25 @@ def start(flags: list[str]) -> int:
     return child
 
 
+def saved(path: Path) -> int:
+    """Updates in a checkpoint."""
+    return load(path, path.stem)["step"] if path.exists() else 0
+
+
 def main(kills: int, seed: int, longest: float, flags: list[str]) -> None:
     random.seed(seed)
-    killed = 0
+    config, _ = parse(flags)  # the task's libraries are loaded here, not in every fork
+    killed, moments = 0, set()
     for _ in range(kills):
         child = start(flags)
         time.sleep(random.uniform(0.05, longest))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
+        moments.add(tuple(saved(Path(config.out) / f"{stage}.pt") for stage in STAGES))
     _, status = os.waitpid(start(flags), 0)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
-    print("killed", killed)
+    print("killed", killed, len(moments))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def test_kills_at_random_moments_do_not_change_the_weights(tmp_path):
         for kills in ("0", "8")
     ]
     assert [run.returncode for run in done] == [0, 0], done[1].stderr
-    assert int(done[1].stdout.split("killed")[1]) >= 2
+    killed, moments = map(int, done[1].stdout.split("killed")[1].split())
+    assert killed >= 6 and moments >= 4  # in the middle of stages, not between them
     for name in ("teacher.pt", "student.pt"):
         assert same(weights(tmp_path / "0", name), weights(tmp_path / "8", name))
 
