@@ -389,6 +389,51 @@ def student_overhead(batch: int = 128, repeats: int = 800) -> list[dict]:
     return rows
 
 
+@torch.no_grad()
+def graph_scaling(edges=(10**4, 10**5, 10**6, 10**7), d: int = 64, repeats: int = 5) -> list[dict]:
+    """Seconds of IGNN's f on random graphs with ten neighbours a node, its floor (the bare sparse
+    and the bare dense product, each alone) and Anderson's share of a step."""
+    from models.ignn import IGNN, Graph
+
+    rows = []
+    for E in edges:
+        N = E // 10
+        net = IGNN(Graph(torch.randint(N, (2, E // 2)), N), 8, 2, width=d, hidden=8)
+        A, _ = net.cell.graph.matrices(torch.device("cpu"))
+        z, u, W = torch.randn(1, N, d), torch.randn(1, N, d), net.cell.W
+        jobs = {
+            "f": lambda net=net, z=z, u=u: net.f(z, u),
+            "sparse": lambda A=A, z=z: A @ z[0],
+            "dense": lambda z=z, W=W: z[0] @ W,
+            "anderson": lambda z=z: anderson(lambda z: z, z, 12, last=True),
+        }
+        spent = interleaved(jobs, repeats, z.device)
+        seconds = {key: statistics.median(times) for key, times in spent.items()}
+        seconds["anderson"] /= 12
+        floor = seconds["sparse"] + seconds["dense"]
+        rows.append({"nodes": N, "edges": net.cell.graph.edges, "width": d, "seconds": seconds})
+        rows[-1] |= {"ratio": seconds["f"] / floor, "anderson": seconds["anderson"] / seconds["f"]}
+    return rows
+
+
+def scaling_figure(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    canvas, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    edges = [row["edges"] for row in rows]
+    axis.loglog(edges, [row["seconds"]["f"] for row in rows], marker="o", label="one evaluation")
+    first = rows[-1]["seconds"]["f"] / edges[-1]
+    axis.loglog(edges, [first * E for E in edges], linestyle=":", color="gray", label="linear")
+    axis.set(xlabel="edges (both directions, self-loops)", ylabel="seconds", title="IGNN, f")
+    axis.legend()
+    with atomic(path) as file:
+        canvas.savefig(file, format="png", dpi=120)
+    pyplot.close(canvas)
+
+
 def speed() -> dict:
     """Everything measured as a ratio: solver overhead, window memory, the student's step."""
     torch.set_num_threads(2)
@@ -398,6 +443,7 @@ def speed() -> dict:
     result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
     result["window_memory_states"] = {"m": 6, "states": float(fresh.stdout)}
     result["student_step"] = student_overhead()
+    result["graph_scaling"] = graph_scaling()
     try:
         shapes = ((32, 188_160), (1, 21_700_000))
         result["solver_overhead"] = [solver_overhead(shape) for shape in shapes]
@@ -428,6 +474,7 @@ def main(argv: list[str]) -> None:
         result = speed()
         with atomic(args.results / "speed.json") as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
+        scaling_figure(result["graph_scaling"], args.results / "speed-graphs.png")
         print(json.dumps(result, indent=1))
     elif args.ablation:
         result = table_over_seeds(args.task, args.seeds, {"": []} | ABLATIONS, args.flags)

@@ -12,6 +12,7 @@ Settings and recipes are described in config.py.
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -393,7 +394,14 @@ def main(argv: list[str]) -> None:
     else:
         train_and_evaluate(run)
     if run.world > 1:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Ends the process group, all ranks together: none is torn down under another's last words."""
+    gc.collect()  # DDP modules are cycles, and each holds the group with its threads
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from torch.nn.utils import parametrize
 from models import Cell, Equilibrium
 
 PRESETS = {
-    # Widths near the paper's parameter counts on ogbn-arxiv (0.15 M) and ogbn-products (0.17 M).
     "ignn": dict(kind="ignn"),
     "ignn-row": dict(kind="ignn", norm="row"),
     "eignn": dict(kind="eignn"),
@@ -280,8 +279,8 @@ class Perceptron(nn.Module):
     def __init__(self, p: int, hidden: int, out: int, dropout: float):
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.BatchNorm1d(p), nn.Dropout(dropout), nn.Linear(p, hidden)),
-            *(nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out)),
+            *(nn.Dropout(dropout), nn.Linear(p, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
+            *(nn.Dropout(dropout), nn.Linear(hidden, out)),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compare
 import infer
+import train
 from fpode import TimeMap
 from losses import Distillation, TeacherLoss
 from models.mdeq import MDEQ
@@ -60,8 +61,8 @@ def main(folder: str) -> None:
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
     row = infer.evaluate(run, *compare.methods(run)["cdeq"], odd, (2,))[0]
     if dist.get_rank() == 0:
-        print("GAPS", *gaps, "VALUE", row["value"], row["distance"])
-    dist.destroy_process_group()
+        print("GAPS", *gaps, "VALUE", row["value"], row["distance"], flush=True)
+    train.leave()
 
 
 if __name__ == "__main__":
