@@ -157,6 +157,8 @@ class GraphCell(Cell):
     def __init__(self, graph: Graph, d: int, kappa: float):
         super().__init__()
         self.graph, self.kappa, self.channels = graph, kappa, (d,)
+        # Near a multiple of I: propagation itself. From random rows inside the L1 ball, depth
+        # hardly matters, and Picard's first step is as good as the equilibrium.
         self.W = nn.Parameter(0.8 * torch.eye(d) + torch.randn(d, d) * 0.1 / d)
         self.project()
 
