@@ -12,6 +12,7 @@ seen in training (the transductive setting of these benchmarks), labels only of 
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ from checkpoint import UsageError
 from models.explicit import EXPLICIT
 from models.ignn import IGNN, PRESETS, Graph
 from tasks import Split, Task
+
+# What PyG and ogb themselves are warned of, at every start.
+warnings.filterwarnings("ignore", r".*torch\.jit\.script.*deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 ARXIV_FIRST = -0.0579  # first number of the official features: anything else is a stand-in
 NFES = (1, 2, 3, 5, 10, 20)
