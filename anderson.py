@@ -121,8 +121,8 @@ def two_point(
     h_new. No gradient flows through the weight unless `alpha_grad`.
     """
     with torch.set_grad_enabled(alpha_grad and torch.is_grad_enabled()):
-        # <r_new, d> by polarisation, from three norms: half the time of a dot product, and exactly
-        # zero for a repeated state.
+        # <r_new, d> by polarisation, from three norms: quicker than a dot product over the batch,
+        # and exactly zero for a repeated state.
         new, old, step = (
             torch.linalg.vector_norm(v.flatten(sample_dims), dim=-1, dtype=accumulator(v)).square()
             for v in (r_new, r_old, r_new - r_old)

@@ -138,13 +138,16 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
         value = task.score(net(x), y).mean().item()
         rows.append({"method": name, "nfe": None, "value": value, "nll": net.nll(x, y).item()})
         rows[-1]["params"] = sum(p.numel() for p in net.parameters())
+    note, each = task.note, run.teacher.cell.cost
+    if each != 1:
+        note = f"{note or task.name}, one NFE costs {each} evaluations of the other networks,"
     spent = cost(run, table, nfes, batch)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
         row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
     return {
         "task": task.name,
-        "note": task.note,
+        "note": note,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
         "split": split,

@@ -157,8 +157,7 @@ class GraphCell(Cell):
     def __init__(self, graph: Graph, d: int, kappa: float):
         super().__init__()
         self.graph, self.kappa, self.channels = graph, kappa, (d,)
-        # Near a multiple of I: propagation itself. From random rows inside the L1 ball, depth
-        # hardly matters, and Picard's first step is as good as the equilibrium.
+        # Near a multiple of I: propagation itself, so that depth counts from the first update.
         self.W = nn.Parameter(0.8 * torch.eye(d) + torch.randn(d, d) * 0.1 / d)
         self.project()
 
@@ -214,7 +213,7 @@ class PeacemanRachford(MonotoneCell):
 
     def __init__(self, graph: Graph, d: int, kappa: float, a: float = 0.9, terms: int = 8):
         super().__init__(graph, d, kappa, a)
-        self.terms = terms
+        self.terms = self.cost = terms
 
     def forward(self, v: Tensor, u: Tensor) -> list[Tensor]:
         reflected = 2 * v.relu() - v

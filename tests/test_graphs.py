@@ -337,6 +337,7 @@ def test_every_preset_trains_and_resumes(flags, tmp_path, capsys):
     train.main([*TINY, *flags, f"--out={tmp_path}"])
     first = capsys.readouterr().out
     assert "| cdeq |" in first and "| gcn |" in first
+    assert ("one NFE costs 8 evaluations" in first) == ("--preset=mignn-pr" in flags)
     train.main([*TINY, *flags, f"--out={tmp_path}"])
     assert "student 3/4" not in capsys.readouterr().out
 
