@@ -44,17 +44,17 @@ ABLATIONS = {
 }
 
 
-def methods(run: Run) -> dict[str, tuple[Method, Counter]]:
+def methods(run: Run) -> dict[str, Method]:
     """Every solver of a run behind one signature, each with the counter of its evaluations."""
-    table: dict[str, tuple[Method, Counter]] = {}
+    net, table = run.teacher, {}
     for name, solver, options in (("picard", picard, {}), ("anderson", anderson, run.solver())):
-        f = Counter(run.teacher.f)
+        f = Counter(net.f)
 
-        def classical(z0, u, nfe, last=False, f=f, solver=solver, options=options):
-            dims = run.teacher.sample_dims
+        def solve(z0, u, nfe, last=False, f=f, solver=solver, options=options):
+            dims = net.sample_dims
             return solver(lambda z: f(z, u), z0, nfe, last=last, sample_dims=dims, **options)
 
-        table[name] = classical, f
+        table[name] = Method(solve, net.inject, f)
     for name, (student, decay) in run.students.items():
         table[label(name)] = infer.counted(student, decay)
     return table
@@ -66,18 +66,20 @@ def label(student: str) -> str:
 
 
 @torch.no_grad()
-def cost(run: Run, table: dict, nfes: tuple[int, ...], batch: int, repeats: int = 5) -> dict:
+def cost(run: Run, table: dict, wanted: set[tuple], batch: int, repeats: int = 5) -> dict:
     """Median seconds from the injected input to the logits of one batch, and the process's peak
-    memory in bytes while it runs, by (method, NFE); an explicit network's NFE is None."""
+    memory in bytes while it runs, by (method, NFE), for those wanted and the explicit networks,
+    whose NFE is None, as is that of "injection": the step before."""
     rows = torch.arange(min(batch, len(run.task.test)))
     x = run.task.test.batch(rows)[0].to(run.device)
-    u = run.teacher.inject(x)
-    z0 = run.teacher.initial(u)
+    u = {name: method.inject(x) for name, method in table.items()}
+    z0 = run.teacher.initial(u["anderson"])
 
-    def go(method: Method, nfe: int) -> Callable[[], object]:
-        return lambda: run.teacher.head(method(z0, u, nfe, last=True))
+    def go(name: str, nfe: int) -> Callable[[], object]:
+        return lambda: run.teacher.head(table[name].solve(z0, u[name], nfe, last=True))
 
-    jobs = {(name, nfe): go(table[name][0], nfe) for name in table for nfe in nfes}
+    jobs = {key: go(*key) for key in sorted(wanted)}
+    jobs["injection", None] = lambda: run.teacher.inject(x)
     jobs |= {(name, None): lambda net=net: net(x) for name, net in run.explicit.items()}
     spent = interleaved(jobs, repeats, run.device)
     return {
@@ -91,6 +93,8 @@ def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         job()
         return torch.cuda.max_memory_allocated(device)
+    if hasattr(infer.LIBC, "malloc_trim"):
+        infer.LIBC.malloc_trim(0)  # what earlier jobs left is not this one's
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
     except OSError:
@@ -121,17 +125,32 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
+    """The fewest evaluations from which on each method's validation metric stays as good as the
+    converged teacher's, less the task's margin; None where it never does within K."""
+    task, K, sign = run.task, run.config["K"], 1 if run.task.higher_is_better else -1
+    nfes = tuple(range(1, K + 1))
+    curves = {name: infer.evaluate(run, table[name], task.valid, nfes, batch) for name in table}
+    bar = sign * curves["anderson"][-1]["value"] - task.margin
+    fewest = {}
+    for name, rows in curves.items():
+        short = [row["nfe"] for row in rows if sign * row["value"] < bar]
+        first = max(short, default=0) + 1
+        fewest[name] = first if first <= K else None
+    return fewest
+
+
 @torch.no_grad()
 def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     """Evaluates every method of a run; the form of report.json and of results/."""
     task, table, nfes, rank = run.task, methods(run), run.task.nfes, infer.ranks()[0]
     data = getattr(task, split)
-    teacher = infer.evaluate(run, *table["anderson"], data, (run.config["K"],), batch)[0]
+    teacher = infer.evaluate(run, table["anderson"], data, (run.config["K"],), batch)[0]
     bar = tqdm(table, desc=f"evaluate ({split})", disable=None if rank == 0 else True)
     rows = [
         {"method": name, **row, "params": parameters(run, name)}
         for name in bar
-        for row in infer.evaluate(run, *table[name], data, nfes, batch)
+        for row in infer.evaluate(run, table[name], data, nfes, batch)
     ]
     for name, net in run.explicit.items():
         x, y = (v.to(run.device) for v in data.batch(torch.arange(len(data))))
@@ -141,10 +160,23 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     note, each = task.note, run.teacher.cell.cost
     if each != 1:
         note = f"{note or task.name}, one NFE costs {each} evaluations of the other networks,"
-    spent = cost(run, table, nfes, batch)
+    fewest = equals(run, table, batch)
+    wanted = {(name, nfe) for name in table for nfe in {*nfes, fewest[name] or 1}}
+    spent = cost(run, table, wanted, batch)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
         row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
+    rows += [{"method": name, "nfe": None, "value": None, "n": 0} for name in task.unmeasured]
+    equal = [
+        {
+            "method": name,
+            "nfe": [nfe],
+            "value": infer.evaluate(run, table[name], data, (nfe,), batch)[0]["value"],
+            "seconds_per_batch": spent[name, nfe][0],
+        }
+        for name, nfe in fewest.items()
+        if nfe
+    ]
     return {
         "task": task.name,
         "note": note,
@@ -159,6 +191,9 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
         "batch": min(batch, len(data)),
         "teacher": {**teacher, "params": parameters(run, "anderson")},
         "rows": rows,
+        "margin": task.margin,
+        "equal": equal,
+        "injection_seconds": spent["injection", None][0],
         "decay": {label(name): [decay] for name, (_, decay) in run.students.items()},
     }
 
@@ -178,12 +213,21 @@ def merge(reports: list[dict]) -> dict:
     def mean(rows: list[dict]) -> dict:
         known = [key for key in measured if rows[0].get(key) is not None]
         means = {key: statistics.fmean(r[key] for r in rows) for key in known}
-        values = [r["value"] for r in rows]
+        values = [r["value"] for r in rows if r["value"] is not None]
         spread = statistics.stdev(values) if len(values) > 1 else None
-        return {**rows[0], **means, "std": spread, "n": len(rows)}
+        return {**rows[0], **means, "std": spread, "n": len(values)}
 
     result["teacher"] = mean([r["teacher"] for r in reports])
     result["rows"] = [mean(list(rows)) for rows in zip(*(r["rows"] for r in reports), strict=True)]
+    result["injection_seconds"] = statistics.fmean(r["injection_seconds"] for r in reports)
+    equal: dict[str, list[dict]] = {}
+    for row in (row for r in reports for row in r["equal"]):
+        equal.setdefault(row["method"], []).append(row)
+    result["equal"] = [  # only methods that get there with every seed
+        {**mean(rows), "nfe": [nfe for row in rows for nfe in row["nfe"]]}
+        for rows in equal.values()
+        if len(rows) == len(reports)
+    ]
     result["decay"] = {
         name: [base for r in reports for base in r["decay"][name]] for name in result["decay"]
     }
@@ -217,6 +261,7 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
             lines.append(f"| {method} | " + " | ".join(row) + " |")
+    lines += equal_lines(result)
     columns = ("value", "params", "seconds_per_batch", "peak_memory_bytes")
     if explicit:
         lines += ["", "## networks of finite depth", "", f"| network | {' | '.join(columns)} |"]
@@ -224,6 +269,29 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         for row in explicit:
             lines.append(f"| {row['method']} | {' | '.join(number(row, key) for key in columns)} |")
     return "\n".join(lines) + "\n"
+
+
+def equal_lines(result: dict) -> list[str]:
+    """The table of evaluations and seconds to the converged teacher's metric, less the margin."""
+    before = result["injection_seconds"]
+    whole = {row["method"]: before + row["seconds_per_batch"] for row in result["equal"]}
+    lines = [
+        "",
+        f"## as good as the converged teacher, less {result['margin']:g} (chosen on validation)",
+        "",
+        f"Times are from the injected input to the logits; the injection takes {before:.4f} s.",
+        "",
+        f"| method | NFE by seed | {result['metric']} | seconds | / Anderson's | with injection |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["equal"]:
+        name, nfes = row["method"], ", ".join(map(str, row["nfe"]))
+        cells = [name, nfes, number(row, "value"), number(row, "seconds_per_batch"), "", ""]
+        if "anderson" in whole:
+            part = row["seconds_per_batch"] / (whole["anderson"] - before)
+            cells[4:] = f"{part:.3f}", f"{whole[name] / whole['anderson']:.3f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def number(row: dict, key: str) -> str:
@@ -264,7 +332,7 @@ def figure(result: dict, path: Path) -> None:
         axis.set(xlabel="evaluations of f (NFE)")
         axis.grid(alpha=0.3)
     for row in result["rows"]:
-        if not row["nfe"]:
+        if not row["nfe"] and row["value"] is not None:
             left.axhline(row["value"], linewidth=1, linestyle=":", label=row["method"])
     left.legend()
     canvas.suptitle(f"{result.get('note') or result['task']}, seeds {result['seeds']}")

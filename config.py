@@ -88,12 +88,16 @@ class Config:
     early: float = opt(0.25, "first share of steps, with task loss", "> 0 and <= 1", STUDENT)
     gamma: float = opt(1.0, "exponent of c_skip", ">= 1", STUDENT)
     distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", STUDENT)
+    own_injection: bool = opt(False, "the student trains its own injection", "", STUDENT)
+    first: bool = opt(False, "a W of its own at t_0, fitted by least squares", "", STUDENT)
     aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
     alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
     k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
     local: str = opt("later", "target of Eq. 10, k - 1 or k + 1", "earlier | later", STUDENT)
+    trajectory: float = opt(1.0, "weight of the losses on its states", ">= 0", STUDENT)
     rollout: float = opt(1.0, "weight of the loss on own states", ">= 0", STUDENT)
     rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
+    rollout_every: bool = opt(False, "train all of them, on task loss too", "", STUDENT)
     # Explicit reference networks
     explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
     explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
@@ -118,7 +122,9 @@ class Config:
 
 RECIPES = {
     "rollout": {},
-    "paper": dict(k0=0.0, local="earlier", rollout=0.0, name="paper"),
+    "paper": dict(
+        k0=0.0, local="earlier", rollout=0.0, lam2=0.05, first=False, trajectory=1.0, name="paper"
+    ),
 }
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -138,6 +144,10 @@ def check(config: Config) -> None:
     if config.k_min > config.K - config.k_tail and config.p_aug > 0:
         raise UsageError(
             f"--k_min {config.k_min} --k_tail {config.k_tail}: no step of K = {config.K} is between"
+        )
+    if config.trajectory == 0 and config.rollout == 0:
+        raise UsageError(
+            "--trajectory 0 --rollout 0: one of them must be > 0, or nothing is trained"
         )
     if not re.fullmatch(r"[\w.-]*", config.name):
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")

@@ -16,6 +16,7 @@ per answer; neither is f-sized, and neither is counted.
 
 import argparse
 import copy
+import ctypes
 import json
 import statistics
 import sys
@@ -34,8 +35,6 @@ from fpode import TimeMap
 from models import Equilibrium
 from student import Student
 from tasks import Split, Task
-
-DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # candidates for the schedule's base
 
 
 @torch.no_grad()
@@ -104,7 +103,8 @@ def load_student(path: Path, teacher: Equilibrium) -> dict:
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     """A fresh student with the clock and the options of a training configuration."""
     times = TimeMap(rho, config["K"], config["eps"], config["T"])
-    return Student(teacher, times, config["gamma"], config["aa"], config["alpha_grad"])
+    options = ("gamma", "aa", "alpha_grad", "own_injection", "first")
+    return Student(teacher, times, *(config[key] for key in options))
 
 
 def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> Run:
@@ -136,7 +136,19 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
     return Run(folder, task, config, teacher, students, explicit, device)
 
 
+LIBC = ctypes.CDLL(None)  # the process's own symbols: the C library among them
+
+
 def pick_device(name: str) -> str:
+    """The device that a --device flag means; on a CPU, also lets glibc keep freed memory.
+
+    It would map each large tensor anew, a page fault per 4 KB: two fifths of the time of an update
+    on a graph of 169,343 nodes.
+    """
+    if hasattr(LIBC, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        LIBC.mallopt(M_MMAP_MAX, 0)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
@@ -146,16 +158,26 @@ def pick_device(name: str) -> str:
     return name
 
 
-# A method maps (z_0, u, nfe) to all its states z_0 .. z_nfe, and with last=True to z_nfe alone.
-Method = Callable[..., Tensor]
+@dataclass(frozen=True)
+class Method:
+    """A way to the equilibrium. solve(z_0, u, nfe, last=False): all its states z_0 .. z_nfe, or
+    z_nfe alone; inject(x): the u it wants; counter: of its evaluations."""
+
+    solve: Callable[..., Tensor]
+    inject: Callable[[Tensor], Tensor]
+    counter: Counter
 
 
-def counted(student: Student, decay: float) -> tuple[Method, Counter]:
-    """Alg. 1 as a method, with the counter of its evaluations of h."""
+def counted(student: Student, decay: float) -> Method:
+    """Alg. 1 as a method; it counts evaluations of h."""
     h = Counter(student.h)
     student = copy.copy(student)  # shares the weights; only its h is the counted one
     student.h = h
-    return lambda z0, u, nfe, last=False: cdeq(student, z0, u, nfe, decay, last), h
+
+    def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
+        return cdeq(student, z0, u, nfe, decay, last)
+
+    return Method(solve, student.inject, h)
 
 
 def ranks() -> tuple[int, int]:
@@ -170,9 +192,7 @@ def relative(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    run: Run, method: Method, counter: Counter, split: Split, nfes=None, batch: int = 128
-) -> list[dict]:
+def evaluate(run: Run, method: Method, split: Split, nfes=None, batch: int = 128) -> list[dict]:
     """Metric, residual under the teacher's f and distance to its equilibrium, by NFE.
 
     Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
@@ -181,7 +201,7 @@ def evaluate(
     net, rank, world = run.teacher, *ranks()
     nfes = nfes or run.task.nfes
     totals = torch.zeros(len(nfes), 5, dtype=torch.float64)
-    counter.nfe = calls = 0
+    method.counter.nfe = calls = 0
     for rows in torch.arange(rank, len(split), world).split(batch):
         if not len(rows):  # fewer samples than ranks: a graph is one
             continue
@@ -189,7 +209,7 @@ def evaluate(
         u = net.inject(x)
         z0 = net.initial(u)
         star = equilibrium(run, z0, u)
-        states = method(z0, u, max(nfes))
+        states = method.solve(z0, method.inject(x), max(nfes))
         calls += 1
         for i, nfe in enumerate(nfes):
             z = states[nfe]
@@ -200,8 +220,9 @@ def evaluate(
                 relative(z, star),
             )
             totals[i] += torch.tensor([*(v.sum().item() for v in sums), len(rows)]).double()
-    if counter.nfe != calls * max(nfes):
-        raise AssertionError(f"{counter.nfe} evaluations were made, {calls * max(nfes)} declared")
+    made, declared = method.counter.nfe, calls * max(nfes)
+    if made != declared:
+        raise AssertionError(f"{made} evaluations were made, {declared} declared")
     if world > 1:
         dist.all_reduce(totals)
     names = ("value", "nll", "residual", "distance")
@@ -226,13 +247,13 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     one nearest to the equilibrium: differences below that are noise on a small split.
     """
     scores, sign = {}, 1 if run.task.higher_is_better else -1
-    for decay in DECAYS:
-        rows = evaluate(run, *counted(student, decay), run.task.valid)
+    for decay in run.task.decays:
+        rows = evaluate(run, counted(student, decay), run.task.valid)
         scores[decay] = {
             key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")
         }
     best = max(sign * score["value"] for score in scores.values())
-    good = [d for d in DECAYS if sign * scores[d]["value"] >= best - 0.005 * abs(best)]
+    good = [d for d in scores if sign * scores[d]["value"] >= best - 0.005 * abs(best)]
     return min(good, key=lambda decay: scores[decay]["distance"]), scores
 
 
@@ -243,7 +264,7 @@ def answer(
     """Class, probability and NFE for a user's own inputs."""
     student, decay = run.students[name]
     x = torch.cat([run.task.read(path) for path in files]).to(run.device)
-    u = run.teacher.inject(x)
+    u = student.inject(x)
     z0 = run.teacher.initial(u)
     if tol > 0:
         z, used = anytime(student, z0, u, tol, max_nfe, decay)
@@ -265,7 +286,7 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
     scores, used = [], []
     for rows in torch.arange(len(split)).split(128):
         x, y = (v.to(run.device) for v in split.batch(rows))
-        u = run.teacher.inject(x)
+        u = student.inject(x)
         z, nfe = anytime(student, run.teacher.initial(u), u, tol, max_nfe, decay)
         scores.append(run.task.score(run.teacher.head(z), y))
         used.append(nfe)
@@ -325,7 +346,7 @@ def main(argv: list[str]) -> None:
         line = "value {value:.2f} at {nfe_mean:.2f} evaluations on average, {nfe_max} at most"
     else:
         nfes = tuple(sorted(set(args.nfe))) or run.task.nfes
-        result = evaluate(run, *counted(*run.students[args.student]), split, nfes, args.batch)
+        result = evaluate(run, counted(*run.students[args.student]), split, nfes, args.batch)
         line = "NFE {nfe:3d}: value {value:.2f}, distance {distance:.4f}, residual {residual:.4f}"
     lines = [line.format(**row) for row in result]
     print(json.dumps(result, indent=1) if args.json else "\n".join(lines))

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from anderson import anderson
 from models import Equilibrium
-from student import History, Student
+from student import Student
 
 
 def distance(a: Tensor, b: Tensor, cell: nn.Module, kind: str = "mse") -> Tensor:
@@ -39,10 +39,14 @@ def distance(a: Tensor, b: Tensor, cell: nn.Module, kind: str = "mse") -> Tensor
     return total / len(cell.channels)
 
 
-def total(terms: dict[str, Tensor], lam1: float, lam2: float, rollout: float) -> Tensor:
+def total(
+    terms: dict[str, Tensor], lam1: float, lam2: float, trajectory: float, rollout: float
+) -> Tensor:
     """The weighted sum of whichever of the terms are there."""
-    weights = {"global": lam1, "local": 1 - lam1, "task": lam2, "rollout": rollout}
-    return sum(weights[name] * term for name, term in terms.items())  # Eq. 11
+    weights = {"global": lam1, "local": 1 - lam1, "task": lam2}  # Eq. 11
+    weights = {name: trajectory * weight for name, weight in weights.items()}
+    weights |= {"rollout": rollout, "rollout_task": lam2 * rollout}
+    return sum(weights[name] * term for name, term in terms.items())
 
 
 class Distillation(nn.Module):
@@ -52,9 +56,12 @@ class Distillation(nn.Module):
     are those of train.Config with the same names.
     """
 
-    def __init__(self, teacher: Equilibrium, student: Student, ema: Student, kind: str = "mse"):
+    def __init__(
+        self, teacher: Equilibrium, student: Student, ema: Student, kind: str = "mse", every=False
+    ):
         super().__init__()
-        self.teacher, self.student, self.ema, self.kind = teacher, student, ema, kind
+        self.teacher, self.student, self.ema = teacher, student, ema
+        self.kind, self.every = kind, every
 
     def forward(
         self,
@@ -69,12 +76,22 @@ class Distillation(nn.Module):
         """x, y (B, ...); k and j (B,), the step and its local target's; states (z_{k-1}, z_k,
         z_{j-1}, z_j, z_K), each (B, ...); early (B,): weights of the task loss, or None;
         rollout: times t_0 .. t_J of the student's own run, or None."""
+        u = self.student.inject(x)
+        *path, z_K = states
+        terms = self.on_trajectory(x, y, u, k, j, *path, z_K, early) if path else {}
+        if rollout is not None:
+            terms |= self.own_states(u, y, rollout, z_K, self.every and early is not None)
+        return terms
+
+    def on_trajectory(
+        self, x, y, u, k, j, z_before, z_k, z_j_before, z_j, z_K, early
+    ) -> dict[str, Tensor]:
+        """Eqs. 9, 10 and 14 at the teacher's states."""
         student, times = self.student, self.student.times
-        z_before, z_k, z_j_before, z_j, z_K = states
         before, j_before = (k - 1).clamp(min=0), (j - 1).clamp(min=0)
         with torch.no_grad():
-            u = self.teacher.inject(x)
-            target = self.ema.g(z_j, z_j_before, times.t(j), times.t(j_before), u)
+            u_ema = self.ema.inject(x) if student.own_injection else u
+            target = self.ema.g(z_j, z_j_before, times.t(j), times.t(j_before), u_ema)
         history = student.history(z_before, times.t(before), u) if student.anderson else None
         g, (h, _) = student.step(z_k, times.t(k), u, history)
         terms = {
@@ -83,20 +100,26 @@ class Distillation(nn.Module):
         }
         if early is not None:
             terms["task"] = (early * self.teacher.nll(h, y)).mean()  # Eq. 14
-        if rollout is not None:
-            z, history = run(student, self.teacher.initial(u), u, rollout[:-1])
-            g, _ = student.step(z, rollout[-1], u, history)
-            terms["rollout"] = distance(g, z_K, student.cell, self.kind).mean()
         return terms
 
-
-@torch.no_grad()
-def run(student: Student, z: Tensor, u: Tensor, times: list[float]) -> tuple[Tensor, History]:
-    """Alg. 1 over the given times, without gradient: where the student stands, and its history."""
-    history = None
-    for t in times:
-        z, history = student.step(z, t, u, history)
-    return z, history
+    def own_states(
+        self, u: Tensor, y: Tensor, times: list[float], z_K: Tensor, task: bool
+    ) -> dict[str, Tensor]:
+        """Eq. 9 where the student's own run of Alg. 1 stands: at its last time or, with `every`,
+        the mean over all of them; and Eq. 14 there. No gradient goes from one step into the last.
+        """
+        z, history, errors, nll = self.teacher.initial(u).detach(), None, [], []
+        for i, t in enumerate(times):
+            trained = self.every or i + 1 == len(times)
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                g, now = self.student.step(z, t, u, history)
+                if trained:
+                    errors.append(distance(g, z_K, self.student.cell, self.kind).mean())
+                if task:
+                    nll.append(self.teacher.nll(g, y).mean())
+            z, history = g.detach(), tuple(v.detach() for v in now)
+        terms = {"rollout": torch.stack(errors).mean()}
+        return terms | ({"rollout_task": torch.stack(nll).mean()} if task else {})
 
 
 class TeacherLoss(nn.Module):

@@ -34,7 +34,7 @@ from config import BOTH, DTYPES, EXPLICIT, STUDENT, TEACHER, Config, parse
 from fpode import contraction, propose_rho
 from losses import Distillation, TeacherLoss, total
 from models import Equilibrium
-from student import update_ema
+from student import Student, update_ema
 from tasks import Task, positions
 
 
@@ -295,11 +295,14 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     run.log(contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
     student = infer.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
+    if config.first:
+        student.fit_first(first_pairs(config, store, student, run.device))
     ema = infer.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
+    ema.load_state_dict(student.state_dict())
     if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
         ema.cell.compile()
-    module = Distillation(teacher, student, ema, config.distance)
+    module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
     last = math.ceil(config.early * config.K)
     chance = last / config.K
     if config.k0 > 0:
@@ -310,7 +313,8 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         k = draw_steps(config, generator)  # Alg. 2, l. 3
         j = (k + (1 if config.local == "later" else -1)).clamp(0, config.K)
         draws = torch.rand(config.batch, config.K + 1, generator=generator)
-        ks = torch.stack([k - 1, k, j - 1, j, torch.full_like(k, config.K)], dim=1).clamp(min=0)
+        steps = [k - 1, k, j - 1, j] if config.trajectory > 0 else []
+        ks = torch.stack([*steps, torch.full_like(k, config.K)], dim=1).clamp(min=0)
         ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
         x, y, rows = store.batch(step)
         states = [z.to(device, torch.float32) for z in store.states(rows, ks[run.mine])]
@@ -318,13 +322,13 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         rollout = None
         if config.rollout > 0:
             J = int(torch.randint(1, config.rollout_max + 1, (), generator=generator))
-            pick = int(torch.randint(len(infer.DECAYS), (), generator=generator))
-            rollout = student.times.schedule(J + 1, infer.DECAYS[pick])
+            pick = int(torch.randint(len(run.task.decays), (), generator=generator))
+            rollout = student.times.schedule(J + 1, run.task.decays[pick])
         k, j = k[run.mine].to(device), j[run.mine].to(device)
         return x.to(device), y.to(device), k, j, states, early, rollout
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
-        return total(terms, config.lam1, config.lam2, config.rollout)
+        return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
 
     steps, lr = config.student_steps, config.student_lr
     extra = dict(rho=rho, teacher=fingerprint(teacher))
@@ -335,6 +339,17 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     run.fit("student", path, module, student, weigh, draw, steps, lr, 0.0, average, ema, **extra)
     barrier(run)
     pick_decay(run, path)
+
+
+def first_pairs(
+    config: Config, store: trajectories.Memory, student: Student, device, most: int = 8
+):
+    """(z_0, z_K, u) of a few batches, for the student's W_0."""
+    for step in range(min(most, math.ceil(len(store.split) / config.batch))):
+        x, _, rows = store.batch(step)
+        ends = store.states(rows, torch.tensor([[0, config.K]]).expand(len(rows), -1))
+        z_0, z_K = (z.to(device, torch.float32) for z in ends)
+        yield z_0, z_K, student.inject(x.to(device))
 
 
 def pick_decay(run: Trainer, path: Path) -> None:

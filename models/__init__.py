@@ -36,10 +36,12 @@ class Equilibrium(nn.Module):
     """A deep equilibrium model; every teacher is one.
 
     sample_dims: leading dimensions of z that index problems with their own Anderson weights.
+    injection: the module x -> u, evaluated once per input; u's first dimension is the sample.
     """
 
     sample_dims = 1
     cell: Cell
+    injection: nn.Module
 
     def f(self, z: Tensor, u: Tensor) -> Tensor:
         return self.cell.join(self.cell(z, u))  # Eq. 1: z* = f(z*, u)
@@ -48,8 +50,7 @@ class Equilibrium(nn.Module):
         return self.cell.features(z)
 
     def inject(self, x: Tensor) -> Tensor:
-        """Input injection u, evaluated once per input; its first dimension is the sample."""
-        raise NotImplementedError
+        return self.injection(x)
 
     def initial(self, u: Tensor) -> Tensor:
         """z_0: zeros of the state's shape (footnote 1)."""

@@ -14,8 +14,8 @@ Shapes: z and u (1, N, d): the graph is one sample with one vector of Anderson w
 Floor of one evaluation: the sparse product reads d numbers per edge, the dense one makes 2 N d^2
 FLOPs; the injection rides on the latter and ReLU works in place.
 
-Departs from the references: the encoder and the head are small perceptrons where IGNN has one
-matrix each; EIGNN is iterated, for its closed form needs the dense eigenvectors of A.
+Departs from the references: the encoder is a small perceptron where IGNN has one matrix; EIGNN is
+iterated, for its closed form needs the dense eigenvectors of A.
 """
 
 import warnings
@@ -158,7 +158,7 @@ class GraphCell(Cell):
         super().__init__()
         self.graph, self.kappa, self.channels = graph, kappa, (d,)
         # Near a multiple of I: propagation itself, so that depth counts from the first update.
-        self.W = nn.Parameter(0.8 * torch.eye(d) + torch.randn(d, d) * 0.1 / d)
+        self.W = nn.Parameter(0.9 * torch.eye(d) + torch.randn(d, d) * 0.1 / d)
         self.project()
 
     @torch.no_grad()
@@ -232,11 +232,26 @@ CELLS = {
 }
 
 
-class IGNN(Equilibrium):
-    """Encoder, one of the cells above, and a head for node classification.
+class Injection(nn.Module):
+    """(1, N, p) -> u = A encoder(x), (1, N, d)."""
 
-    features, classes: sizes of x and of the logits. width: d. hidden: width of the one hidden layer
-    of encoder and head. dropout: in both, in training only.
+    def __init__(self, graph: Graph, p: int, hidden: int, d: int, dropout: float):
+        super().__init__()
+        self.graph = graph
+        self.encoder = nn.Sequential(
+            *(nn.Dropout(dropout), nn.Linear(p, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
+            *(nn.Dropout(dropout), nn.Linear(hidden, d)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.graph.product(self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+
+class IGNN(Equilibrium):
+    """Encoder, one of the cells above, and a linear head for node classification.
+
+    features, classes: sizes of x and of the logits. width: d. hidden: width of the encoder's one
+    hidden layer. dropout: in encoder and head, in training only.
     Raises ValueError where kappa is outside (0, 1).
     """
 
@@ -256,33 +271,24 @@ class IGNN(Equilibrium):
             raise ValueError(f"kappa must be in (0, 1), got {kappa}")
         self.kind = kind
         self.cell = CELLS[kind](graph, width, kappa)
-        self.encoder = Perceptron(features, hidden, width, dropout)
-        self.decoder = Perceptron(width, hidden, classes, dropout)
-
-    def inject(self, x: Tensor) -> Tensor:
-        """(1, N, p) -> u (1, N, d)."""
-        return self.cell.graph.product(self.encoder(x))
+        self.injection = Injection(graph, features, hidden, width, dropout)
+        self.readout = nn.Sequential(
+            nn.BatchNorm1d(width), nn.Dropout(dropout), nn.Linear(width, classes)
+        )
 
     def initial(self, u: Tensor) -> Tensor:
         return torch.zeros_like(u)
 
     def head(self, z: Tensor) -> Tensor:
         """(1, N, d) -> logits (1, N, classes)."""
-        return self.decoder(z.relu() if self.kind == "mignn-pr" else z)
+        z = z.relu() if self.kind == "mignn-pr" else z
+        return self.readout(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def nll(self, z: Tensor, y: Tensor) -> Tensor:
+        known = (
+            y[0] >= 0
+        )  # all graphs of a batch are the same one: the head sees labelled nodes only
+        return super().nll(z[:, known], y[:, known])
 
     def project(self) -> None:
         self.cell.project()
-
-
-class Perceptron(nn.Module):
-    """p -> hidden -> out, with batch normalisation over the nodes, ReLU and dropout."""
-
-    def __init__(self, p: int, hidden: int, out: int, dropout: float):
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Dropout(dropout), nn.Linear(p, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
-            *(nn.Dropout(dropout), nn.Linear(hidden, out)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2])

@@ -106,6 +106,13 @@ class MDEQCell(Cell):
         return [v.permute(0, 2, 3, 1) for v in y]
 
 
+class Stem(nn.Sequential):
+    """The injection: (B, colors, H, W) -> u (B, C_0, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 (four times as wide), with a projected shortcut: the head of one branch."""
 
@@ -149,7 +156,7 @@ class MDEQ(Equilibrium):
         if any(side % unit for side in size):
             raise ValueError(f"{len(channels)} branches need sides divisible by {unit}, got {size}")
         C, widths = channels[0], [4 * c for c in head]
-        self.stem = nn.Sequential(
+        self.injection = Stem(
             *(conv(colors, C, 3), nn.GroupNorm(groups, C), nn.ReLU()),
             *(conv(C, C, 3), nn.GroupNorm(groups, C), nn.ReLU()),
             *(conv(C, C, 1), nn.GroupNorm(groups, C), nn.ReLU()),
@@ -165,10 +172,6 @@ class MDEQ(Equilibrium):
             *(conv(widths[-1], final, 1, bias=True), nn.GroupNorm(groups, final), nn.ReLU()),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(final, classes)),
         )
-
-    def inject(self, x: Tensor) -> Tensor:
-        """(B, colors, H, W) -> u (B, C_0, H, W)."""
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
 
     def initial(self, u: Tensor) -> Tensor:
         return u.new_zeros(len(u), sum(self.cell.sizes))

@@ -52,8 +52,10 @@ class Task:
     one input (1, ...). network(settings): the teacher that a dict of settings asks for by `preset`
     and `options`, the settings besides it that this network knows. defaults: settings that suit
     the task. nfes: columns of
-    its tables. note: said in every table. explicit(name): a reference network of finite depth;
-    references: those that the tables have; rivals: presets whose solvers have rows of their own.
+    its tables. note: said in every table. margin: within it, a metric counts as equal to the
+    teacher's. decays: candidates for the base of the inference schedule. explicit(name): a
+    reference network of finite depth; references: those that the tables have; unmeasured: those
+    whose rows stay empty; rivals: presets whose solvers have rows of their own.
     """
 
     name: str
@@ -71,8 +73,11 @@ class Task:
     options: tuple[str, ...] = ()
     nfes: tuple[int, ...] = (1, 2, 3, 4, 8, 16)
     note: str = ""
+    margin: float = 0.5
+    decays: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
     explicit: Callable[[str], nn.Module] | None = None
     references: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
 
 

@@ -39,8 +39,13 @@ SMALL = dict(
     batch=2 * WORLD, cache_gb=8.0, jac_weight=0.0, augment=False, save_every=200,
     teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
     student_steps=1500, student_lr=2e-3, rollout_max=12,
+    own_injection=True, first=True, rollout_every=True, trajectory=0.0,
 )  # fmt: skip
-LARGE = SMALL | dict(batch=WORLD, save_every=20)
+LARGE = SMALL | dict(
+    batch=WORLD, save_every=20, dropout=0.2, solver_steps=10, phantom=3,
+    teacher_steps=100, teacher_lr=1e-2, explicit_steps=100,
+    student_steps=200, student_lr=4e-3, lam2=1.0, rollout_max=4,
+)  # fmt: skip
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -104,11 +109,16 @@ def node_task(
     score=accuracy,
     note: str = "",
     references: tuple[str, ...] = ("gcn", "gat", "gcnii"),
+    paper: dict | None = None,
 ) -> Task:
-    """The task of a graph: one input, three label vectors, the networks that fit it."""
+    """The task of a graph: one input, three label vectors, the networks that fit it.
+
+    sizes: width and hidden of its networks; paper: those of the preset ignn-paper, if it has one.
+    """
     graph = checked(data, name)
     x, y, masks = graph["x"][None], graph["y"], graph["masks"]
     classes = int(y[masks.any(0)].max()) + 1
+    presets = PRESETS | ({} if paper is None else {"ignn-paper": dict(kind="ignn", **paper)})
     split = [Split(x, torch.where(mask, y, -1)[None]) for mask in masks]
 
     @functools.cache
@@ -116,7 +126,7 @@ def node_task(
         return Graph(graph["edge_index"], x.shape[1], norm)
 
     def network(settings: dict) -> IGNN:
-        chosen = sizes | PRESETS[settings["preset"]]
+        chosen = sizes | presets[settings["preset"]]
         chosen |= {key: settings[key] for key in ("width", "hidden") if settings[key]}
         chosen |= {key: settings[key] for key in ("kappa", "dropout")}
         return IGNN(adjacency(chosen.pop("norm", "sym")), x.shape[2], classes, **chosen)
@@ -135,7 +145,7 @@ def node_task(
         valid=split[1],
         test=split[2],
         network=network,
-        presets=tuple(PRESETS),
+        presets=tuple(presets),
         options=OPTIONS,
         score=score,
         read=read,
@@ -143,13 +153,16 @@ def node_task(
         defaults=defaults,
         nfes=NFES,
         note=note,
+        margin=0.3,
+        decays=(0.8, 0.9, 0.95),
         explicit=explicit,
         references=references,
+        unmeasured=tuple(name for name in (*EXPLICIT, "gpm") if name not in references),
         rivals=("eignn", "mignn"),
     )
 
 
-def ogbn(name: str, data: Path, files: tuple[str, ...], sizes: dict) -> Task:
+def ogbn(name: str, data: Path, files: tuple[str, ...], paper: dict) -> Task:
     """A node task of OGB from data/NAME, downloaded by ogb where it is not there yet."""
     from ogb.nodeproppred import PygNodePropPredDataset
 
@@ -175,7 +188,8 @@ def ogbn(name: str, data: Path, files: tuple[str, ...], sizes: dict) -> Task:
     if name == "ogbn-arxiv" and abs(whole.x[0, 0].item() - ARXIV_FIRST) > 1e-3:
         note = "ogbn-arxiv graph, structural features"
     content = dict(edge_index=whole.edge_index, x=whole.x, y=whole.y, **masks)
-    return node_task(name, content, sizes, LARGE, ogb_accuracy(name), note, ("gcn",))
+    sizes = dict(width=64, hidden=256)
+    return node_task(name, content, sizes, LARGE, ogb_accuracy(name), note, ("gcn",), paper)
 
 
 @contextmanager
@@ -196,12 +210,12 @@ OGB_RAW = tuple(
 
 def ogbn_arxiv(data: Path) -> Task:
     files = *OGB_RAW, *(f"split/time/{part}.csv.gz" for part in ("train", "valid", "test"))
-    return ogbn("ogbn-arxiv", data, files, dict(width=128, hidden=309))  # 0.15 M, as the paper's
+    return ogbn("ogbn-arxiv", data, files, dict(width=64, hidden=734))  # 0.15 M
 
 
 def ogbn_products(data: Path) -> Task:
     files = *OGB_RAW, *(f"split/sales_ranking/{part}.csv.gz" for part in ("train", "valid", "test"))
-    return ogbn("ogbn-products", data, files, dict(width=128, hidden=374))  # 0.17 M
+    return ogbn("ogbn-products", data, files, dict(width=64, hidden=974))  # 0.17 M
 
 
 def planetoid(name: str, public: bool, data: Path) -> Task:

@@ -7,7 +7,7 @@ import torch
 
 from anderson import Counter, anderson
 from fpode import TimeMap
-from losses import Distillation, TeacherLoss, distance, run, total
+from losses import Distillation, TeacherLoss, distance, total
 from student import Student, update_ema
 
 from .conftest import TanhNet
@@ -101,7 +101,9 @@ def test_huber_is_quadratic_for_small_and_linear_for_large_errors(net, batch):
 def test_total_weighs_the_terms():
     """Eq. 11."""
     terms = {"global": torch.tensor(1.0), "local": torch.tensor(2.0), "task": torch.tensor(4.0)}
-    assert total(terms, lam1=0.8, lam2=0.05, rollout=1.0).item() == pytest.approx(0.8 + 0.4 + 0.2)
+    assert total(terms, lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0).item() == pytest.approx(
+        0.8 + 0.4 + 0.2
+    )
 
 
 def test_loss_terms_are_the_equations(net, student, batch):
@@ -143,16 +145,69 @@ def test_no_gradient_reaches_teacher_or_ema(net, student, batch):
     assert all(p.grad is None for p in (*net.parameters(), *ema.parameters()))
 
 
-def test_rollout_states_are_those_of_inference(net, student, batch):
-    """The extra states of the default recipe are where Alg. 1 stands after J steps."""
+@pytest.mark.parametrize("every", [False, True])
+def test_rollout_states_are_those_of_inference(net, student, batch, every):
+    """The extra states of the default recipe are where Alg. 1 stands: after J steps, or all."""
     from infer import cdeq
 
-    u, _ = batch
-    counter = Counter(student.h)
-    student.h = counter
-    z, _ = run(student, net.initial(u), u, student.times.schedule(5, 0.8))
+    u, z = batch
+    student.h = counter = Counter(student.h)
+    y, times = torch.tensor([1, 2, 3, 4]), student.times.schedule(5, 0.8)
+    module = Distillation(net, student, student, every=every)
+    terms = module.own_states(u, y, times, z[6], task=every)
     assert counter.nfe == 5
-    assert torch.allclose(z, cdeq(student, net.initial(u), u, 5, 0.8, last=True), atol=1e-6)
+    own = cdeq(student, net.initial(u), u, 5, 0.8)[1 if every else 5 :]
+    expected = torch.stack([distance(v, z[6], net.cell).mean() for v in own]).mean()
+    assert terms["rollout"].item() == pytest.approx(expected.item(), rel=1e-4)
+    if every:
+        nll = torch.stack([net.nll(v, y).mean() for v in own]).mean()
+        assert terms["rollout_task"].item() == pytest.approx(nll.item(), rel=1e-4)
+
+
+@pytest.fixture
+def richer(net):
+    """A student with a W of its own at t_0 and an injection of its own."""
+    return Student(net, TimeMap(rho=0.3, K=6), own_injection=True, first=True)
+
+
+def test_a_fresh_student_is_the_same_with_every_option(net, student, richer):
+    x, t = torch.randn(4, 1, 8, 8), student.times.t(torch.tensor([0, 1, 2, 0]))
+    u = student.inject(x)
+    z = torch.randn_like(net.initial(u))
+    assert torch.allclose(richer.h(z, t, richer.inject(x)), student.h(z, t, u), atol=1e-5)
+
+
+def test_w_0_stands_in_for_w_at_t_0_alone(richer, batch):
+    """One time for all samples, or one for each: the same."""
+    u, z = batch
+    for p in richer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    t = richer.times.t(torch.tensor([0, 3, 0, 5]))
+    mixed = richer.h(z[2], t, u)
+    for i in range(4):
+        alone = richer.h(z[2, i : i + 1], t[i].item() if i % 2 else richer.times.eps, u[i : i + 1])
+        assert torch.allclose(mixed[i], alone[0], atol=1e-5)
+
+
+def test_w_0_starts_as_the_least_squares_map(net, richer, batch):
+    """Where z_K is an affine map of f(z_0)'s channels, that map is found from batches."""
+    u, z = batch
+    torch.manual_seed(2)
+    maps = [torch.nn.Linear(8, 8) for _ in range(2)]
+    with torch.no_grad():
+        features = net.features(net.f(z[0], u))
+        z_K = net.cell.join([M(v) for M, v in zip(maps, features, strict=True)])
+        richer.fit_first((z[0, i], z_K[i], u[i]) for i in (slice(0, 1), slice(1, 4)))
+        fitted = richer.h(z[0], richer.times.eps, u)
+    assert torch.allclose(fitted, z_K, atol=1e-2)
+
+
+def test_an_injection_of_its_own_leaves_the_teachers_alone(net, richer):
+    before = net.injection[0].weight.clone()
+    with torch.no_grad():
+        richer.injection[0].weight.zero_()
+    assert torch.equal(net.injection[0].weight, before)
+    assert "shared" not in " ".join(richer.state_dict())
 
 
 def test_phantom_gradient_is_the_implicit_gradient_in_the_limit():
