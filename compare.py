@@ -1,8 +1,7 @@
-r"""Side by side: every method at equal NFE, over seeds, with time; ablations; speed.
+r"""Side by side: every method at equal NFE, over seeds, with time and memory; ablations.
 
     python compare.py --task digits --seeds 0 1 2          main table  -> results/digits.json
     python compare.py --task digits --seeds 0 1 2 --ablation  -> digits-ablation.json
-    python compare.py --speed                              ratios      -> results/speed.json
 
 Each run that is missing is trained first, by the train.py command that the JSON names. Beside every
 JSON stand the same numbers as a Markdown table and a figure. Times are medians of methods that take
@@ -11,8 +10,8 @@ turns in one process, so that a busy machine slows them alike. What was not meas
 
 import argparse
 import json
+import math
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,14 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import infer
 from anderson import Counter, anderson, picard
 from checkpoint import UsageError, atomic, plain_errors, provenance, versions
-from config import TASKS, refuse
-from infer import Method, Run, cdeq
+from config import TASKS, command_line
+from infer import Method, Run
 
 # Fig. 3, and each ingredient of the default recipe removed in turn.
 ABLATIONS = {
@@ -66,7 +64,7 @@ def label(student: str) -> str:
 
 
 @torch.no_grad()
-def cost(run: Run, table: dict, wanted: set[tuple], batch: int, repeats: int = 5) -> dict:
+def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
     """Median seconds from the injected input to the logits of one batch, and the process's peak
     memory in bytes while it runs, by (method, NFE), for those wanted and the explicit networks,
     whose NFE is None, as is that of "injection": the step before."""
@@ -81,7 +79,7 @@ def cost(run: Run, table: dict, wanted: set[tuple], batch: int, repeats: int = 5
     jobs = {key: go(*key) for key in sorted(wanted)}
     jobs["injection", None] = lambda: run.teacher.inject(x)
     jobs |= {(name, None): lambda net=net: net(x) for name, net in run.explicit.items()}
-    spent = interleaved(jobs, repeats, run.device)
+    spent = interleaved(jobs, 5, run.device, patience=60)
     return {
         key: (statistics.median(spent[key]), peak_memory(jobs[key], run.device)) for key in jobs
     }
@@ -105,11 +103,17 @@ def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
 
 
 def interleaved(
-    jobs: dict, repeats: int, device: torch.device, warmup: int = 1
+    jobs: dict, repeats: int, device: torch.device, warmup: int = 1, patience: float = math.inf
 ) -> dict[object, list[float]]:
-    """Seconds of each job, all jobs taking turns, every second round in reverse order."""
+    """Seconds of each job, all jobs taking turns, every second round in reverse order.
+
+    patience: seconds after which three rounds are enough.
+    """
     spent: dict = {key: [] for key in jobs}
+    start = time.perf_counter()
     for repeat in range(-warmup, repeats):
+        if repeat >= 3 and time.perf_counter() - start > patience:
+            break
         for key in list(jobs)[:: -1 if repeat % 2 else 1]:
             synchronize(device)
             begin = time.perf_counter()
@@ -140,13 +144,11 @@ def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
     return fewest
 
 
-@torch.no_grad()
-def report(run: Run, split: str = "test", batch: int = 128) -> dict:
-    """Evaluates every method of a run; the form of report.json and of results/."""
-    task, table, nfes, rank = run.task, methods(run), run.task.nfes, infer.ranks()[0]
-    data = getattr(task, split)
-    teacher = infer.evaluate(run, table["anderson"], data, (run.config["K"],), batch)[0]
-    bar = tqdm(table, desc=f"evaluate ({split})", disable=None if rank == 0 else True)
+def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] = frozenset()):
+    """A row for every method and NFE of the task's tables and for every explicit network; and
+    `cost` of these and of further (method, NFE)."""
+    data, nfes = getattr(run.task, split), run.task.nfes
+    bar = tqdm(table, desc=f"evaluate ({split})", disable=None if infer.ranks()[0] == 0 else True)
     rows = [
         {"method": name, **row, "params": parameters(run, name)}
         for name in bar
@@ -154,18 +156,24 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     ]
     for name, net in run.explicit.items():
         x, y = (v.to(run.device) for v in data.batch(torch.arange(len(data))))
-        value = task.score(net(x), y).mean().item()
-        rows.append({"method": name, "nfe": None, "value": value, "nll": net.nll(x, y).item()})
-        rows[-1]["params"] = sum(p.numel() for p in net.parameters())
-    note, each = task.note, run.teacher.cell.cost
-    if each != 1:
-        note = f"{note or task.name}, one NFE costs {each} evaluations of the other networks,"
-    fewest = equals(run, table, batch)
-    wanted = {(name, nfe) for name in table for nfe in {*nfes, fewest[name] or 1}}
-    spent = cost(run, table, wanted, batch)
+        value = run.task.score(net(x), y).mean().item()
+        params = sum(p.numel() for p in net.parameters())
+        nll = net.nll(x, y).item()
+        rows.append({"method": name, "nfe": None, "value": value, "nll": nll, "params": params})
+    spent = cost(run, table, {(name, nfe) for name in table for nfe in nfes} | further, batch)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
         row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
+    return rows, spent
+
+
+@torch.no_grad()
+def report(run: Run, split: str = "test", batch: int = 128) -> dict:
+    """Evaluates every method of a run; the form of report.json and of results/."""
+    task, table, data = run.task, methods(run), getattr(run.task, split)
+    teacher = infer.evaluate(run, table["anderson"], data, (run.config["K"],), batch)[0]
+    fewest = equals(run, table, batch)
+    rows, spent = measured(run, table, split, batch, {key for key in fewest.items() if key[1]})
     rows += [{"method": name, "nfe": None, "value": None, "n": 0} for name in task.unmeasured]
     equal = [
         {
@@ -177,6 +185,9 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
         for name, nfe in fewest.items()
         if nfe
     ]
+    note, each = task.note, run.teacher.cell.cost
+    if each != 1:
+        note = f"{note or task.name}, one NFE costs {each} evaluations of the other networks,"
     return {
         "task": task.name,
         "note": note,
@@ -208,10 +219,10 @@ def merge(reports: list[dict]) -> dict:
     """One report over seeds: means of every number, the metric's std (n - 1) and n."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
-    measured = ("value", "nll", "residual", "distance", "seconds_per_batch", "peak_memory_bytes")
+    numbers = ("value", "nll", "residual", "distance", "seconds_per_batch", "peak_memory_bytes")
 
     def mean(rows: list[dict]) -> dict:
-        known = [key for key in measured if rows[0].get(key) is not None]
+        known = [key for key in numbers if rows[0].get(key) is not None]
         means = {key: statistics.fmean(r[key] for r in rows) for key in known}
         values = [r["value"] for r in rows if r["value"] is not None]
         spread = statistics.stdev(values) if len(values) > 1 else None
@@ -261,6 +272,15 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
             lines.append(f"| {method} | " + " | ".join(row) + " |")
+    lines += ["", "## parameters and peak memory (bytes) by NFE", ""]
+    lines += [
+        f"| method | parameters | {' | '.join(map(str, nfes))} |",
+        "|---" * (len(nfes) + 2) + "|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in implicit):
+        row = [number(cells[method, nfe], "peak_memory_bytes") for nfe in nfes]
+        params = number(cells[method, nfes[0]], "params")
+        lines.append(f"| {method} | {params} | {' | '.join(row)} |")
     lines += equal_lines(result)
     columns = ("value", "params", "seconds_per_batch", "peak_memory_bytes")
     if explicit:
@@ -386,7 +406,8 @@ def table_over_seeds(task: str, seeds: list[int], variants: dict[str, list[str]]
         for rival in kind.rivals:
             other = folder.with_name(f"{folder.name}-{rival}")
             train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
-            rows = report(infer.open_run(other))["rows"]
+            other_run = infer.open_run(other)
+            rows, _ = measured(other_run, methods(other_run), result["split"], 128)
             result["rows"] += [{**row, "method": f"{row['method']} ({rival})"} for row in rows]
         reports.append(result)
     return merge(reports)
@@ -397,157 +418,18 @@ def data_folder(flags: list[str]) -> Path:
     return Path(flags[flags.index("--data") + 1] if "--data" in flags else "data")
 
 
-def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> dict:
-    """Seconds per step without f of our Anderson and torchdeq's, m = 6, side by side."""
-    from torchdeq.solver.anderson import anderson_solver
-
-    buffers = [torch.randn(shape) for _ in range(3)]  # an f that costs nothing: ready-made answers
-    calls = Counter(lambda z: buffers[calls.nfe % 3])
-    z0 = torch.zeros(shape)
-    jobs = {
-        "ours": lambda: anderson(calls, z0, K, m=6, last=True),
-        "torchdeq": lambda: anderson_solver(calls, z0, max_iter=K, m=6, tol=0.0, return_final=True),
-    }
-    spent = interleaved(jobs, repeats, z0.device)
-    per_step = {key: statistics.median(times) / K for key, times in spent.items()}
-    assert calls.nfe == 2 * K * (repeats + 1)
-    return {
-        "shape": list(shape),
-        "seconds_per_step": per_step,
-        "ratio": per_step["ours"] / per_step["torchdeq"],
-        "passes_floor_seconds": 19 * copy_seconds(shape) / 2,  # 2m + 7 passes; a copy makes two
-    }
-
-
-def copy_seconds(shape: tuple[int, int], repeats: int = 5) -> float:
-    """Seconds to copy one state: one read and one write of it."""
-    a, b = torch.randn(shape), torch.empty(shape)
-    return statistics.median(interleaved({"": lambda: b.copy_(a)}, repeats, a.device)[""])
-
-
-def window_memory(m: int = 6, n: int = 8_000_000) -> float:
-    """Peak memory of a solve beyond z_0 and f's own, in states. Linux, in a fresh process."""
-    z0, out = torch.ones(1, n), torch.ones(1, n)  # written, so that their pages are there
-    anderson(lambda z: z * 0.5, torch.zeros(1, 8), 3)  # libraries load outside the measurement
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    anderson(lambda z: torch.mul(z, 0.5, out=out), z0, 3 * m, m=m, last=True)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n)
-
-
-@torch.no_grad()
-def student_overhead(batch: int = 128, repeats: int = 800) -> list[dict]:
-    """J-step inference against J bare evaluations of f: the ratio of their seconds."""
-    task = TASKS["digits"](Path("data"))
-    net = task.network({"preset": task.presets[0]}).eval()
-    config = dict(K=20, eps=0.002, T=5.0, gamma=1.0, aa=True, alpha_grad=False)
-    student = infer.build_student(net, config, rho=0.19).eval()
-    u = net.inject(task.train.batch(torch.arange(batch))[0])
-    z0 = net.initial(u)
-
-    def bare(J: int) -> Tensor:
-        z = z0
-        for _ in range(J):
-            z = net.f(z, u)
-        return z
-
-    rows = []
-    for J in (1, 2, 8):
-        jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
-        spent = interleaved(jobs, repeats // J + 20, z0.device, warmup=100 // J)
-        ratio = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
-        medians = {key: statistics.median(times) for key, times in spent.items()}
-        rows.append({"J": J, "batch": batch, "seconds": medians, "ratio": ratio})
-    return rows
-
-
-@torch.no_grad()
-def graph_scaling(edges=(10**4, 10**5, 10**6, 10**7), d: int = 64, repeats: int = 5) -> list[dict]:
-    """Seconds of IGNN's f on random graphs with ten neighbours a node, its floor (the bare sparse
-    and the bare dense product, each alone) and Anderson's share of a step."""
-    from models.ignn import IGNN, Graph
-
-    rows = []
-    for E in edges:
-        N = E // 10
-        net = IGNN(Graph(torch.randint(N, (2, E // 2)), N), 8, 2, width=d, hidden=8)
-        A, _ = net.cell.graph.matrices(torch.device("cpu"))
-        z, u, W = torch.randn(1, N, d), torch.randn(1, N, d), net.cell.W
-        jobs = {
-            "f": lambda net=net, z=z, u=u: net.f(z, u),
-            "sparse": lambda A=A, z=z: A @ z[0],
-            "dense": lambda z=z, W=W: z[0] @ W,
-            "anderson": lambda z=z: anderson(lambda z: z, z, 12, last=True),
-        }
-        spent = interleaved(jobs, repeats, z.device)
-        seconds = {key: statistics.median(times) for key, times in spent.items()}
-        seconds["anderson"] /= 12
-        floor = seconds["sparse"] + seconds["dense"]
-        rows.append({"nodes": N, "edges": net.cell.graph.edges, "width": d, "seconds": seconds})
-        rows[-1] |= {"ratio": seconds["f"] / floor, "anderson": seconds["anderson"] / seconds["f"]}
-    return rows
-
-
-def scaling_figure(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    canvas, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    edges = [row["edges"] for row in rows]
-    axis.loglog(edges, [row["seconds"]["f"] for row in rows], marker="o", label="one evaluation")
-    first = rows[-1]["seconds"]["f"] / edges[-1]
-    axis.loglog(edges, [first * E for E in edges], linestyle=":", color="gray", label="linear")
-    axis.set(xlabel="edges (both directions, self-loops)", ylabel="seconds", title="IGNN, f")
-    axis.legend()
-    with atomic(path) as file:
-        canvas.savefig(file, format="png", dpi=120)
-    pyplot.close(canvas)
-
-
-def speed() -> dict:
-    """Everything measured as a ratio: solver overhead, window memory, the student's step."""
-    torch.set_num_threads(2)
-    here = str(Path(__file__).parent)
-    code = "import compare; print(compare.window_memory())"
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
-    result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
-    result["window_memory_states"] = {"m": 6, "states": float(fresh.stdout)}
-    result["student_step"] = student_overhead()
-    result["graph_scaling"] = graph_scaling()
-    try:
-        shapes = ((32, 188_160), (1, 21_700_000))
-        result["solver_overhead"] = [solver_overhead(shape) for shape in shapes]
-    except ModuleNotFoundError:
-        result["solver_overhead"] = None
-        print('torchdeq is missing (pip install ".[peers]"): not compared', file=sys.stderr)
-    return result
-
-
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = refuse
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="digits")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
-    add("--speed", action="store_true", help="overheads as ratios, side by side")
     add(
         "--results", type=Path, default=Path("results"), help="folder of the JSON, table and figure"
     )
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
-    if args.speed:
-        result = speed()
-        with atomic(args.results / "speed.json") as file:
-            file.write((json.dumps(result, indent=1) + "\n").encode())
-        scaling_figure(result["graph_scaling"], args.results / "speed-graphs.png")
-        print(json.dumps(result, indent=1))
-    elif args.ablation:
+    if args.ablation:
         result = table_over_seeds(args.task, args.seeds, {"": []} | ABLATIONS, args.flags)
         print(write(result, args.results / f"{args.task}-ablation", keys=("value", "distance")))
     else:

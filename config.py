@@ -161,12 +161,7 @@ def check(config: Config) -> None:
 
 def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     """The settings that a command line asks for, and their task; UsageError for bad ones."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = refuse
+    parser = command_line(description)
     for field in dataclasses.fields(Config):
         allowed = field.metadata["allowed"]
         text = f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}{field.default!r})"
@@ -189,6 +184,17 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     if config.preset not in task.presets:
         raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
     return config, task
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """A parser that knows no abbreviations and whose errors are a UsageError: one line each."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    return parser
 
 
 def refuse(message: str):

@@ -14,7 +14,6 @@ every method is one evaluation at z_0. The injection is computed once per input 
 per answer; neither is f-sized, and neither is counted.
 """
 
-import argparse
 import copy
 import ctypes
 import json
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from anderson import Counter, anderson
 from checkpoint import UsageError, fingerprint, load, plain_errors
-from config import TASKS, refuse
+from config import TASKS, command_line
 from fpode import TimeMap
 from models import Equilibrium
 from student import Student
@@ -300,12 +299,7 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = refuse
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of train.py")
     add("--student", default="", help="which student: '' (the default recipe), 'paper', ...")

@@ -321,9 +321,11 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         early = ((k <= last).float() / chance)[run.mine].to(device) if config.lam2 > 0 else None
         rollout = None
         if config.rollout > 0:
-            J = int(torch.randint(1, config.rollout_max + 1, (), generator=generator))
-            pick = int(torch.randint(len(run.task.decays), (), generator=generator))
-            rollout = student.times.schedule(J + 1, run.task.decays[pick])
+            # Of a single sample, a graph, every rank makes a run of its own.
+            runs, mine = (run.world, run.rank) if len(run.task.train) == 1 else (1, 0)
+            J = torch.randint(1, config.rollout_max + 1, (runs,), generator=generator)[mine]
+            pick = torch.randint(len(run.task.decays), (runs,), generator=generator)[mine]
+            rollout = student.times.schedule(int(J) + 1, run.task.decays[pick])
         k, j = k[run.mine].to(device), j[run.mine].to(device)
         return x.to(device), y.to(device), k, j, states, early, rollout
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"checkpoint", "anderson", "fpode"},
     {"student", "models", "tasks"},
     {"losses", "trajectories", "config"},
-    {"infer", "compare", "train"},
+    {"infer", "compare", "speed", "train"},
 ]
 
 

@@ -180,6 +180,17 @@ def train_times():
     return TimeMap(rho=0.3, K=6)
 
 
+@pytest.mark.parametrize("name, features, classes, size", [
+    ("ogbn-arxiv", 128, 40, 0.15e6), ("ogbn-products", 100, 47, 0.17e6)
+])  # fmt: skip
+def test_the_papers_sizes(name, features, classes, size):
+    """Table 3: 0.15 M and 0.17 M; a student that shares the injection adds 0.01 M."""
+    net = IGNN(random_graph(), features, classes, **graphs.PAPER[name])
+    student = Student(net, train_times(), own_injection=False, first=False)
+    count = [sum(p.numel() for p in module.parameters()) for module in (net, student)]
+    assert count[0] == pytest.approx(size, rel=0.01) and round(count[1], -4) == 1e4
+
+
 @pytest.mark.parametrize("kind", EXPLICIT)
 def test_explicit_networks_classify_every_node(kind):
     graph = Graph(torch.randint(N, (2, 30)), N)
@@ -347,4 +358,4 @@ def test_two_processes_share_one_graph(tmp_path):
     done = command("train.py", *TINY, f"--out={tmp_path}", processes=2)
     assert done.returncode == 0, done.stderr
     run = infer.open_run(tmp_path, device="cpu")
-    assert run.config["batch"] == 4 and "" in run.students
+    assert run.config["batch"] == 2 and "" in run.students

@@ -1,0 +1,203 @@
+r"""Speed as ratios, side by side in one run, with the floor of each hot path beside it.
+
+    python speed.py                        -> results/speed.json, results/speed-graphs.png
+
+What is measured: a step of Anderson acceleration against torchdeq's and against the passes over
+memory that it makes; the states that its window holds; a step of the student against a bare
+evaluation of f; IGNN's f on random graphs of 10^4 to 10^7 edges, and on ogbn-arxiv where that is at
+hand, against the bare sparse and the bare dense product; and the memory of a run on ogbn-arxiv.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import infer
+from anderson import Counter, anderson
+from checkpoint import atomic, plain_errors, provenance, versions
+from compare import interleaved
+from config import TASKS, command_line
+from infer import cdeq
+
+
+def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> dict:
+    """Seconds per step without f of our Anderson and torchdeq's, m = 6, side by side."""
+    from torchdeq.solver.anderson import anderson_solver
+
+    buffers = [torch.randn(shape) for _ in range(3)]  # an f that costs nothing: ready-made answers
+    calls = Counter(lambda z: buffers[calls.nfe % 3])
+    z0 = torch.zeros(shape)
+    jobs = {
+        "ours": lambda: anderson(calls, z0, K, m=6, last=True),
+        "torchdeq": lambda: anderson_solver(calls, z0, max_iter=K, m=6, tol=0.0, return_final=True),
+    }
+    spent = interleaved(jobs, repeats, z0.device)
+    per_step = {key: statistics.median(times) / K for key, times in spent.items()}
+    assert calls.nfe == 2 * K * (repeats + 1)
+    return {
+        "shape": list(shape),
+        "seconds_per_step": per_step,
+        "ratio": per_step["ours"] / per_step["torchdeq"],
+        "passes_floor_seconds": 19 * copy_seconds(shape) / 2,  # 2m + 7 passes; a copy makes two
+    }
+
+
+def copy_seconds(shape: tuple[int, int], repeats: int = 5) -> float:
+    """Seconds to copy one state: one read and one write of it."""
+    a, b = torch.randn(shape), torch.empty(shape)
+    return statistics.median(interleaved({"": lambda: b.copy_(a)}, repeats, a.device)[""])
+
+
+def window_memory(m: int = 6, n: int = 8_000_000) -> float:
+    """Peak memory of a solve beyond z_0 and f's own, in states. Linux, in a fresh process."""
+    z0, out = torch.ones(1, n), torch.ones(1, n)  # written, so that their pages are there
+    anderson(lambda z: z * 0.5, torch.zeros(1, 8), 3)  # libraries load outside the measurement
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    anderson(lambda z: torch.mul(z, 0.5, out=out), z0, 3 * m, m=m, last=True)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n)
+
+
+@torch.no_grad()
+def student_overhead(batch: int = 128, repeats: int = 800) -> list[dict]:
+    """J-step inference against J bare evaluations of f: the ratio of their seconds."""
+    task = TASKS["digits"](Path("data"))
+    net = task.network({"preset": task.presets[0]}).eval()
+    config = dict(K=20, eps=0.002, T=5.0, gamma=1.0, aa=True, alpha_grad=False)
+    student = infer.build_student(net, config, rho=0.19).eval()
+    u = net.inject(task.train.batch(torch.arange(batch))[0])
+    z0 = net.initial(u)
+
+    def bare(J: int) -> Tensor:
+        z = z0
+        for _ in range(J):
+            z = net.f(z, u)
+        return z
+
+    rows = []
+    for J in (1, 2, 8):
+        jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
+        spent = interleaved(jobs, repeats // J + 20, z0.device, warmup=100 // J)
+        ratio = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
+        medians = {key: statistics.median(times) for key, times in spent.items()}
+        rows.append({"J": J, "batch": batch, "seconds": medians, "ratio": ratio})
+    return rows
+
+
+@torch.no_grad()
+def graph_step(graph, d: int, repeats: int = 5) -> dict:
+    """Seconds of IGNN's f at width d, its floor (the bare sparse and the bare dense product, each
+    alone) and Anderson's share of a step."""
+    from models.ignn import GraphCell
+
+    cell, (A, _) = GraphCell(graph, d, 0.95), graph.matrices(torch.device("cpu"))
+    z, u, W = torch.randn(1, graph.N, d), torch.randn(1, graph.N, d), cell.W.detach()
+    jobs = {
+        "f": lambda: cell(z, u),
+        "sparse": lambda: A @ z[0],
+        "dense": lambda: z[0] @ W,
+        "anderson": lambda: anderson(lambda z: z, z, 12, last=True),
+    }
+    spent = interleaved(jobs, repeats, z.device)
+    seconds = {key: statistics.median(times) for key, times in spent.items()}
+    seconds["anderson"] /= 12
+    floor = seconds["sparse"] + seconds["dense"]
+    return {
+        "nodes": graph.N,
+        "edges": graph.edges,
+        "width": d,
+        "seconds": seconds,
+        "ratio": seconds["f"] / floor,
+        "anderson": seconds["anderson"] / seconds["f"],
+    }
+
+
+def graph_scaling(edges=(10**4, 10**5, 10**6, 10**7), d: int = 64) -> list[dict]:
+    """`graph_step` on random graphs with ten neighbours a node."""
+    from models.ignn import Graph
+
+    return [graph_step(Graph(torch.randint(E // 10, (2, E // 2)), E // 10), d) for E in edges]
+
+
+def arxiv(data: Path, d: int = 128) -> dict | None:
+    """`graph_step` on ogbn-arxiv, and the bytes that train.py takes there at most (two updates of
+    each network, every method evaluated) and that inference takes by NFE; None without the data."""
+    if not (data / "ogbn_arxiv").exists():
+        print(f"{data} has no ogbn_arxiv: not measured", file=sys.stderr)
+        return None
+    task = TASKS["ogbn-arxiv"](data)
+    settings = {"preset": "ignn", "width": d, "hidden": 0, "kappa": 0.95, "dropout": 0.5}
+    step = graph_step(task.network(settings).cell.graph, d)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--task", "ogbn-arxiv", "--data", str(data), "--out", folder, "--width", str(d)]
+        flags += ["--teacher_steps", "2", "--student_steps", "2"]
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads((Path(folder) / "report.json").read_text())["rows"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    inference: dict[str, dict[int, int]] = {}
+    for row in rows:
+        if row["nfe"]:
+            inference.setdefault(row["method"], {})[row["nfe"]] = row["peak_memory_bytes"]
+    return {**step, "run_peak_bytes": peak, "inference_peak_bytes": inference}
+
+
+def scaling_figure(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    canvas, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    edges = [row["edges"] for row in rows]
+    axis.loglog(edges, [row["seconds"]["f"] for row in rows], marker="o", label="one evaluation")
+    first = rows[-1]["seconds"]["f"] / edges[-1]
+    axis.loglog(edges, [first * E for E in edges], linestyle=":", color="gray", label="linear")
+    axis.set(xlabel="edges (both directions, self-loops)", ylabel="seconds", title="IGNN, f")
+    axis.legend()
+    with atomic(path) as file:
+        canvas.savefig(file, format="png", dpi=120)
+    pyplot.close(canvas)
+
+
+def speed(data: Path) -> dict:
+    """Everything that speed.json holds."""
+    torch.set_num_threads(2)
+    here = str(Path(__file__).parent)
+    code = "import speed; print(speed.window_memory())"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
+    result["window_memory_states"] = {"m": 6, "states": float(fresh.stdout)}
+    result["student_step"] = student_overhead()
+    result["graph_scaling"] = graph_scaling()
+    result["arxiv"] = arxiv(data)
+    try:
+        shapes = ((32, 188_160), (1, 21_700_000))
+        result["solver_overhead"] = [solver_overhead(shape) for shape in shapes]
+    except ModuleNotFoundError:
+        result["solver_overhead"] = None
+        print('torchdeq is missing (pip install ".[peers]"): not compared', file=sys.stderr)
+    return result
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where to write")
+    args = parser.parse_args(argv)
+    result = speed(args.data)
+    with atomic(args.results / "speed.json") as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    scaling_figure(result["graph_scaling"], args.results / "speed-graphs.png")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(sys.argv[1:])

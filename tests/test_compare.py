@@ -1,0 +1,64 @@
+"""The tables: what counts as equal, what is merged, what stays empty."""
+
+import dataclasses
+
+import pytest
+
+import compare
+import infer
+
+
+@pytest.fixture
+def run(tiny_run):
+    return infer.open_run(tiny_run, device="cpu")
+
+
+def curves(monkeypatch, **values):
+    """Makes infer.evaluate answer with these metrics by NFE, for each method."""
+    monkeypatch.setattr(
+        infer, "evaluate", lambda run, method, *_: [
+            {"nfe": i + 1, "value": value} for i, value in enumerate(values[method])
+        ]
+    )  # fmt: skip
+    return {name: name for name in values}
+
+
+def test_equal_is_as_good_from_there_on(run, monkeypatch):
+    """A metric that is good by chance and falls again does not count; K = 5, margin 0.5."""
+    table = curves(
+        monkeypatch,
+        anderson=[10, 60, 89, 90.1, 90],
+        lucky=[90, 20, 89.5, 91, 92],
+        never=[80, 80, 80, 80, 89.4],
+        once=[90, 90, 90, 90, 90],
+    )
+    expected = {"anderson": 4, "lucky": 3, "never": None, "once": 1}
+    assert compare.equals(run, table, 8) == expected
+
+
+def test_equal_of_a_loss_is_as_small(run, monkeypatch):
+    run.task = dataclasses.replace(run.task, higher_is_better=False)
+    table = curves(monkeypatch, anderson=[9, 5, 4, 3.2, 3], slow=[9, 8, 7, 6, 3.5])
+    assert compare.equals(run, table, 8) == {"anderson": 4, "slow": 5}
+
+
+def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
+    """Means over seeds; a method is equal only where every seed gets there; unmeasured: empty."""
+    reports = [compare.report(run, "valid") for _ in range(2)]
+    for report, nfe in zip(reports, (2, 4), strict=True):
+        row = {"method": "cdeq", "nfe": [nfe], "value": 50.0 * nfe, "seconds_per_batch": nfe / 8}
+        report["equal"] = [row, row | {"method": "picard"}][: 2 if nfe == 2 else 1]
+        report["rows"].append({"method": "gpm", "nfe": None, "value": None, "n": 0})
+    text = compare.write(compare.merge(reports), tmp_path / "table")
+    assert "| cdeq | 2, 4 | 150.00 ± 70.71 | 0.3750 |" in text
+    assert "| picard | 2" not in text.split("as good as")[1]
+    assert "| gpm |  |  |  |  |" in text
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+def test_costs_are_seconds_and_bytes(run):
+    """Of the methods wanted, of the injection, and of nothing else."""
+    table = compare.methods(run)
+    spent = compare.cost(run, table, {("picard", 2), ("cdeq", 1)}, batch=4)
+    assert spent.keys() == {("picard", 2), ("cdeq", 1), ("injection", None)}
+    assert all(seconds > 0 and (peak is None or peak > 2**20) for seconds, peak in spent.values())
