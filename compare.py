@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import infer
 from anderson import Counter, anderson, picard
@@ -134,7 +133,7 @@ def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
     converged teacher's, less the task's margin; None where it never does within K."""
     task, K, sign = run.task, run.config["K"], 1 if run.task.higher_is_better else -1
     nfes = tuple(range(1, K + 1))
-    curves = {name: infer.evaluate(run, table[name], task.valid, nfes, batch) for name in table}
+    curves = infer.evaluate(run, table, task.valid, nfes, batch)
     bar = sign * curves["anderson"][-1]["value"] - task.margin
     fewest = {}
     for name, rows in curves.items():
@@ -145,14 +144,16 @@ def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
 
 
 def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] = frozenset()):
-    """A row for every method and NFE of the task's tables and for every explicit network; and
-    `cost` of these and of further (method, NFE)."""
-    data, nfes = getattr(run.task, split), run.task.nfes
-    bar = tqdm(table, desc=f"evaluate ({split})", disable=None if infer.ranks()[0] == 0 else True)
+    """A row for every method and NFE of the task's tables and for every explicit network; and, by
+    (method, NFE), the metric and the seconds there and at the further ones."""
+    data, nfes = getattr(run.task, split), {*run.task.nfes, *(nfe for _, nfe in further)}
+    curves = infer.evaluate(run, table, data, tuple(sorted(nfes)), batch)
+    points = {(name, row["nfe"]): row for name in table for row in curves[name]}
+    wanted = {(name, nfe) for name in table for nfe in run.task.nfes}
     rows = [
-        {"method": name, **row, "params": parameters(run, name)}
-        for name in bar
-        for row in infer.evaluate(run, table[name], data, nfes, batch)
+        {"method": name, **points[name, nfe], "params": parameters(run, name)}
+        for name in table
+        for nfe in run.task.nfes
     ]
     for name, net in run.explicit.items():
         x, y = (v.to(run.device) for v in data.batch(torch.arange(len(data))))
@@ -160,30 +161,29 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
         params = sum(p.numel() for p in net.parameters())
         nll = net.nll(x, y).item()
         rows.append({"method": name, "nfe": None, "value": value, "nll": nll, "params": params})
-    spent = cost(run, table, {(name, nfe) for name in table for nfe in nfes} | further, batch)
+    spent = cost(run, table, wanted | further, batch)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
         row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
-    return rows, spent
+    return rows, points, spent
 
 
 @torch.no_grad()
 def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     """Evaluates every method of a run; the form of report.json and of results/."""
-    task, table, data = run.task, methods(run), getattr(run.task, split)
-    teacher = infer.evaluate(run, table["anderson"], data, (run.config["K"],), batch)[0]
-    fewest = equals(run, table, batch)
-    rows, spent = measured(run, table, split, batch, {key for key in fewest.items() if key[1]})
+    task, table = run.task, methods(run)
+    end = "anderson", run.config["K"]
+    equal = {key for key in equals(run, table, batch).items() if key[1]}
+    rows, points, spent = measured(run, table, split, batch, equal | {end})
     rows += [{"method": name, "nfe": None, "value": None, "n": 0} for name in task.unmeasured]
-    equal = [
+    equal_rows = [
         {
             "method": name,
             "nfe": [nfe],
-            "value": infer.evaluate(run, table[name], data, (nfe,), batch)[0]["value"],
+            "value": points[name, nfe]["value"],
             "seconds_per_batch": spent[name, nfe][0],
         }
-        for name, nfe in fewest.items()
-        if nfe
+        for name, nfe in sorted(equal, key=lambda key: list(table).index(key[0]))
     ]
     note, each = task.note, run.teacher.cell.cost
     if each != 1:
@@ -199,11 +199,11 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
         "versions": versions(),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "dtype": run.config["dtype"],
-        "batch": min(batch, len(data)),
-        "teacher": {**teacher, "params": parameters(run, "anderson")},
+        "batch": min(batch, len(getattr(task, split))),
+        "teacher": {**points[end], "params": parameters(run, "anderson")},
         "rows": rows,
         "margin": task.margin,
-        "equal": equal,
+        "equal": equal_rows,
         "injection_seconds": spent["injection", None][0],
         "decay": {label(name): [decay] for name, (_, decay) in run.students.items()},
     }
@@ -407,7 +407,7 @@ def table_over_seeds(task: str, seeds: list[int], variants: dict[str, list[str]]
             other = folder.with_name(f"{folder.name}-{rival}")
             train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
             other_run = infer.open_run(other)
-            rows, _ = measured(other_run, methods(other_run), result["split"], 128)
+            rows, _, _ = measured(other_run, methods(other_run), result["split"], 128)
             result["rows"] += [{**row, "method": f"{row['method']} ({rival})"} for row in rows]
         reports.append(result)
     return merge(reports)

@@ -191,16 +191,21 @@ def relative(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, method: Method, split: Split, nfes=None, batch: int = 128) -> list[dict]:
-    """Metric, residual under the teacher's f and distance to its equilibrium, by NFE.
+def evaluate(
+    run: Run, methods: dict, split: Split, nfes=None, batch: int = 128
+) -> dict[object, list[dict]]:
+    """Metric, residual under the teacher's f and distance to its equilibrium: of each method, a
+    row by NFE.
 
     Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
     counts once whatever the number of ranks.
     """
     net, rank, world = run.teacher, *ranks()
     nfes = nfes or run.task.nfes
-    totals = torch.zeros(len(nfes), 5, dtype=torch.float64)
-    method.counter.nfe = calls = 0
+    totals = torch.zeros(len(methods), len(nfes), 5, dtype=torch.float64)
+    calls = 0
+    for method in methods.values():
+        method.counter.nfe = 0
     for rows in torch.arange(rank, len(split), world).split(batch):
         if not len(rows):  # fewer samples than ranks: a graph is one
             continue
@@ -208,27 +213,32 @@ def evaluate(run: Run, method: Method, split: Split, nfes=None, batch: int = 128
         u = net.inject(x)
         z0 = net.initial(u)
         star = equilibrium(run, z0, u)
-        states = method.solve(z0, method.inject(x), max(nfes))
         calls += 1
-        for i, nfe in enumerate(nfes):
-            z = states[nfe]
-            sums = (
-                run.task.score(net.head(z), y),
-                net.nll(z, y),
-                relative(net.f(z, u), z),
-                relative(z, star),
-            )
-            totals[i] += torch.tensor([*(v.sum().item() for v in sums), len(rows)]).double()
-    made, declared = method.counter.nfe, calls * max(nfes)
-    if made != declared:
-        raise AssertionError(f"{made} evaluations were made, {declared} declared")
+        for method, total in zip(methods.values(), totals, strict=True):
+            states = method.solve(z0, method.inject(x), max(nfes))
+            for i, nfe in enumerate(nfes):
+                z = states[nfe]
+                sums = (
+                    run.task.score(net.head(z), y),
+                    net.nll(z, y),
+                    relative(net.f(z, u), z),
+                    relative(z, star),
+                )
+                total[i] += torch.tensor([*(v.sum().item() for v in sums), len(rows)]).double()
+    for name, method in methods.items():
+        made, declared = method.counter.nfe, calls * max(nfes)
+        if made != declared:
+            raise AssertionError(f"{name}: {made} evaluations were made, {declared} declared")
     if world > 1:
         dist.all_reduce(totals)
-    names = ("value", "nll", "residual", "distance")
-    return [
-        {"nfe": nfe, **dict(zip(names, (row[:4] / row[4]).tolist(), strict=True))}
-        for nfe, row in zip(nfes, totals, strict=True)
-    ]
+    keys = ("value", "nll", "residual", "distance")
+    return {
+        name: [
+            {"nfe": nfe, **dict(zip(keys, (row[:4] / row[4]).tolist(), strict=True))}
+            for nfe, row in zip(nfes, total, strict=True)
+        ]
+        for name, total in zip(methods, totals, strict=True)
+    }
 
 
 def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
@@ -245,12 +255,12 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     Of all candidates whose metric, mean over the NFEs, is within half a per cent of the best, the
     one nearest to the equilibrium: differences below that are noise on a small split.
     """
-    scores, sign = {}, 1 if run.task.higher_is_better else -1
-    for decay in run.task.decays:
-        rows = evaluate(run, counted(student, decay), run.task.valid)
-        scores[decay] = {
-            key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")
-        }
+    sign = 1 if run.task.higher_is_better else -1
+    candidates = {decay: counted(student, decay) for decay in run.task.decays}
+    scores = {
+        decay: {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
+        for decay, rows in evaluate(run, candidates, run.task.valid).items()
+    }
     best = max(sign * score["value"] for score in scores.values())
     good = [d for d in scores if sign * scores[d]["value"] >= best - 0.005 * abs(best)]
     return min(good, key=lambda decay: scores[decay]["distance"]), scores
@@ -340,7 +350,8 @@ def main(argv: list[str]) -> None:
         line = "value {value:.2f} at {nfe_mean:.2f} evaluations on average, {nfe_max} at most"
     else:
         nfes = tuple(sorted(set(args.nfe))) or run.task.nfes
-        result = evaluate(run, counted(*run.students[args.student]), split, nfes, args.batch)
+        method = {"": counted(*run.students[args.student])}
+        result = evaluate(run, method, split, nfes, args.batch)[""]
         line = "NFE {nfe:3d}: value {value:.2f}, distance {distance:.4f}, residual {residual:.4f}"
     lines = [line.format(**row) for row in result]
     print(json.dumps(result, indent=1) if args.json else "\n".join(lines))

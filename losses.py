@@ -12,7 +12,8 @@ differ between branches, and one of them would otherwise be most of the loss.
 
 Departs from the paper, each by its own flag: j = k + 1, the *better* prediction, where (10) has
 j = k - 1, as consistency models pull the farther point toward the nearer one. L_rollout is (9) on
-states that the student itself reached, which is where multi-step inference asks it.
+states that the student itself reached, which is where multi-step inference asks it, and (14) there
+too where every such state is trained.
 """
 
 import torch
@@ -53,7 +54,7 @@ class Distillation(nn.Module):
     """The student's unweighted loss terms on a batch of trajectory states (Alg. 2, l. 4-6).
 
     teacher: frozen, gives u and the head. ema: the running average of the student. The options
-    are those of train.Config with the same names.
+    are those of config.Config with the same names; every: `rollout_every`.
     """
 
     def __init__(
@@ -74,20 +75,20 @@ class Distillation(nn.Module):
         rollout: list[float] | None,
     ) -> dict[str, Tensor]:
         """x, y (B, ...); k and j (B,), the step and its local target's; states (z_{k-1}, z_k,
-        z_{j-1}, z_j, z_K), each (B, ...); early (B,): weights of the task loss, or None;
-        rollout: times t_0 .. t_J of the student's own run, or None."""
-        u = self.student.inject(x)
-        *path, z_K = states
-        terms = self.on_trajectory(x, y, u, k, j, *path, z_K, early) if path else {}
+        z_{j-1}, z_j, z_K), each (B, ...), or (z_K,) for no loss on the teacher's states; early
+        (B,): weights of the task loss, or None; rollout: times t_0 .. t_J of the student's own
+        run, or None."""
+        u, terms = self.student.inject(x), {}
+        if len(states) > 1:
+            terms |= self.on_trajectory(x, y, u, k, j, states, early)
         if rollout is not None:
-            terms |= self.own_states(u, y, rollout, z_K, self.every and early is not None)
+            terms |= self.own_states(u, y, rollout, states[-1], self.every and early is not None)
         return terms
 
-    def on_trajectory(
-        self, x, y, u, k, j, z_before, z_k, z_j_before, z_j, z_K, early
-    ) -> dict[str, Tensor]:
-        """Eqs. 9, 10 and 14 at the teacher's states."""
+    def on_trajectory(self, x, y, u, k, j, states, early) -> dict[str, Tensor]:
+        """Eqs. 9, 10 and 14 at the teacher's states; arguments as in `forward`."""
         student, times = self.student, self.student.times
+        z_before, z_k, z_j_before, z_j, z_K = states
         before, j_before = (k - 1).clamp(min=0), (j - 1).clamp(min=0)
         with torch.no_grad():
             u_ema = self.ema.inject(x) if student.own_injection else u

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import compare
 import infer
 from anderson import Counter, anderson
 from checkpoint import atomic, plain_errors, provenance, versions
@@ -126,26 +127,24 @@ def graph_scaling(edges=(10**4, 10**5, 10**6, 10**7), d: int = 64) -> list[dict]
 
 
 def arxiv(data: Path, d: int = 128) -> dict | None:
-    """`graph_step` on ogbn-arxiv, and the bytes that train.py takes there at most (two updates of
-    each network, every method evaluated) and that inference takes by NFE; None without the data."""
+    """On ogbn-arxiv at width d: `graph_step`; the most bytes that train.py takes (two updates of
+    teacher and student, all trajectories, the choice of the schedule); and those of one answer by
+    NFE. None without the data."""
     if not (data / "ogbn_arxiv").exists():
         print(f"{data} has no ogbn_arxiv: not measured", file=sys.stderr)
         return None
-    task = TASKS["ogbn-arxiv"](data)
-    settings = {"preset": "ignn", "width": d, "hidden": 0, "kappa": 0.95, "dropout": 0.5}
-    step = graph_step(task.network(settings).cell.graph, d)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--task", "ogbn-arxiv", "--data", str(data), "--out", folder, "--width", str(d)]
         flags += ["--teacher_steps", "2", "--student_steps", "2"]
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rows = json.loads((Path(folder) / "report.json").read_text())["rows"]
+        for stage in ("teacher", "student"):
+            compare.train(*flags, "--stage", stage)
+        run = infer.open_run(Path(folder), device="cpu")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    inference: dict[str, dict[int, int]] = {}
-    for row in rows:
-        if row["nfe"]:
-            inference.setdefault(row["method"], {})[row["nfe"]] = row["peak_memory_bytes"]
-    return {**step, "run_peak_bytes": peak, "inference_peak_bytes": inference}
+    table, nfes = compare.methods(run), (1, 2, 20)
+    spent = compare.cost(run, table, {(name, nfe) for name in table for nfe in nfes}, 1)
+    answer = {name: {nfe: spent[name, nfe][1] for nfe in nfes} for name in table}
+    step = graph_step(run.teacher.cell.graph, d)
+    return {**step, "training_peak_bytes": peak, "answer_peak_bytes": answer}
 
 
 def scaling_figure(rows: list[dict], path: Path) -> None:

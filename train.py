@@ -280,6 +280,25 @@ def draw_steps(config: Config, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(config.batch, generator=generator) < config.k0, 0, k)
 
 
+def task_weights(config: Config, k: Tensor) -> Tensor:
+    """Of the task loss at steps k (batch,): 0 where k is not early, else such that their mean over
+    draws is 1."""
+    last = math.ceil(config.early * config.K)
+    chance = last / config.K
+    if config.k0 > 0:
+        chance = config.k0 + (1 - config.k0) * min(1.0, last / (config.K - 1))
+    return (k <= last).float() / chance
+
+
+def draw_run(run: Trainer, student: Student, generator: torch.Generator) -> list[float]:
+    """Times t_0 .. t_J of a run of the student's own, J and the schedule's base drawn; where the
+    split is a single sample, a graph, every rank draws others."""
+    runs, mine = (run.world, run.rank) if len(run.task.train) == 1 else (1, 0)
+    J = torch.randint(1, run.config.rollout_max + 1, (runs,), generator=generator)[mine]
+    pick = torch.randint(len(run.task.decays), (runs,), generator=generator)[mine]
+    return student.times.schedule(int(J) + 1, run.task.decays[pick])
+
+
 def train_student(run: Trainer, teacher: Equilibrium) -> None:
     """Consistency distillation, Alg. 2."""
     config, path = run.config, infer.student_path(run.folder, run.config.name)
@@ -303,10 +322,6 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         student.cell.compile()
         ema.cell.compile()
     module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
-    last = math.ceil(config.early * config.K)
-    chance = last / config.K
-    if config.k0 > 0:
-        chance = config.k0 + (1 - config.k0) * min(1.0, last / (config.K - 1))
 
     def draw(step: int) -> tuple:
         generator, device = run.generator(1, step), run.device
@@ -318,14 +333,8 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
         x, y, rows = store.batch(step)
         states = [z.to(device, torch.float32) for z in store.states(rows, ks[run.mine])]
-        early = ((k <= last).float() / chance)[run.mine].to(device) if config.lam2 > 0 else None
-        rollout = None
-        if config.rollout > 0:
-            # Of a single sample, a graph, every rank makes a run of its own.
-            runs, mine = (run.world, run.rank) if len(run.task.train) == 1 else (1, 0)
-            J = torch.randint(1, config.rollout_max + 1, (runs,), generator=generator)[mine]
-            pick = torch.randint(len(run.task.decays), (runs,), generator=generator)[mine]
-            rollout = student.times.schedule(int(J) + 1, run.task.decays[pick])
+        early = task_weights(config, k)[run.mine].to(device) if config.lam2 > 0 else None
+        rollout = draw_run(run, student, generator) if config.rollout > 0 else None
         k, j = k[run.mine].to(device), j[run.mine].to(device)
         return x.to(device), y.to(device), k, j, states, early, rollout
 

@@ -59,7 +59,7 @@ def main(folder: str) -> None:
     gaps = gap(distillation, student, batch), gap(teacher, net, (x, y, torch.randn_like(z[0])))
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
-    row = infer.evaluate(run, compare.methods(run)["cdeq"], odd, (2,))[0]
+    row = infer.evaluate(run, compare.methods(run), odd, (2,))["cdeq"][0]
     if dist.get_rank() == 0:
         print("GAPS", *gaps, "VALUE", row["value"], row["distance"], flush=True)
     train.leave()

@@ -15,11 +15,11 @@ def run(tiny_run):
 
 def curves(monkeypatch, **values):
     """Makes infer.evaluate answer with these metrics by NFE, for each method."""
-    monkeypatch.setattr(
-        infer, "evaluate", lambda run, method, *_: [
-            {"nfe": i + 1, "value": value} for i, value in enumerate(values[method])
-        ]
-    )  # fmt: skip
+    rows = {
+        name: [{"nfe": i + 1, "value": value} for i, value in enumerate(curve)]
+        for name, curve in values.items()
+    }
+    monkeypatch.setattr(infer, "evaluate", lambda *_: rows)
     return {name: name for name in values}
 
 
