@@ -26,6 +26,7 @@ from anderson import Counter, anderson, picard
 from checkpoint import UsageError, atomic, plain_errors, provenance, versions
 from config import TASKS, command_line
 from infer import Method, Run
+from tasks import Task
 
 # Fig. 3, and each ingredient of the default recipe removed in turn.
 ABLATIONS = {
@@ -229,20 +230,26 @@ def merge(reports: list[dict]) -> dict:
         return {**rows[0], **means, "std": spread, "n": len(values)}
 
     result["teacher"] = mean([r["teacher"] for r in reports])
-    result["rows"] = [mean(list(rows)) for rows in zip(*(r["rows"] for r in reports), strict=True)]
+    result["rows"] = [mean(rows) for rows in grouped(reports, "rows", ("method", "nfe"))]
     result["injection_seconds"] = statistics.fmean(r["injection_seconds"] for r in reports)
-    equal: dict[str, list[dict]] = {}
-    for row in (row for r in reports for row in r["equal"]):
-        equal.setdefault(row["method"], []).append(row)
     result["equal"] = [  # only methods that get there with every seed
         {**mean(rows), "nfe": [nfe for row in rows for nfe in row["nfe"]]}
-        for rows in equal.values()
+        for rows in grouped(reports, "equal", ("method",))
         if len(rows) == len(reports)
     ]
     result["decay"] = {
-        name: [base for r in reports for base in r["decay"][name]] for name in result["decay"]
+        name: [base for r in reports for base in r["decay"].get(name, [])]
+        for name in {name: None for r in reports for name in r["decay"]}
     }
     return result
+
+
+def grouped(reports: list[dict], part: str, keys: tuple[str, ...]) -> list[list[dict]]:
+    """The rows of a part of all reports, those that agree in these keys together."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in (row for report in reports for row in report[part]):
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
 
 
 def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_batch")) -> str:
@@ -271,7 +278,9 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         lines.append("|---" * (len(nfes) + 1) + "|")
         for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
-            lines.append(f"| {method} | " + " | ".join(row) + " |")
+            n = cells[method, nfes[0]]["n"]
+            few = f" ({n} of {len(result['seeds'])} seeds)" if n < len(result["seeds"]) else ""
+            lines.append(f"| {method}{few} | " + " | ".join(row) + " |")
     lines += ["", "## parameters and peak memory (bytes) by NFE", ""]
     lines += [
         f"| method | parameters | {' | '.join(map(str, nfes))} |",
@@ -380,8 +389,11 @@ def train(*flags: str) -> None:
         raise UsageError(f"train.py {' '.join(flags)} ended with exit code {code}, see its message")
 
 
-def table_over_seeds(task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str]):
-    """Trains what is missing and reports the named students of every seed in one table.
+def table_over_seeds(
+    task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str], finished: bool
+) -> dict:
+    """Trains what is missing and reports the named students of every seed in one table; with
+    `finished` nothing is trained, and what is missing is said and has no part in the means.
 
     A task's references (explicit networks) and rivals (teachers solved beside the first one, under
     the names "picard (eignn)", ...) have rows too.
@@ -390,27 +402,41 @@ def table_over_seeds(task: str, seeds: list[int], variants: dict[str, list[str]]
     reports = []
     for seed in seeds:
         folder = Path(f"runs/{task}-seed{seed}")
-        base = ["--task", task, "--seed", str(seed), *extra]
-        here = [*base, "--out", str(folder)]
-        for name, flags in variants.items():
-            named = ["--name", name] if name not in ("", "paper") else []
-            for stage in ("teacher", "student"):
-                train(*here, "--stage", stage, *flags, *named)
-        for name in kind.references:
-            train(*here, "--stage", "explicit", "--explicit", name)
-        run = infer.open_run(folder, names=tuple(variants))
-        missing = set(variants) - set(run.students)
-        if missing:
-            raise UsageError(f"{folder}: no finished student {', '.join(sorted(missing))}")
+        rivals = {name: folder.with_name(f"{folder.name}-{name}") for name in kind.rivals}
+        if not finished:
+            train_seed(
+                ["--task", task, "--seed", str(seed), *extra], folder, variants, kind, rivals
+            )
+        run = infer.open_run(folder)
+        run.students = {name: run.students[name] for name in variants if name in run.students}
+        for name in ({*variants} - {*run.students}) | ({*kind.references} - {*run.explicit}):
+            print(f"{folder}: {name or 'the student'} is not finished", file=sys.stderr)
         result = report(run)
-        for rival in kind.rivals:
-            other = folder.with_name(f"{folder.name}-{rival}")
-            train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
-            other_run = infer.open_run(other)
-            rows, _, _ = measured(other_run, methods(other_run), result["split"], 128)
+        for rival, other in rivals.items():
+            try:
+                opened = infer.open_run(other)
+            except UsageError as error:
+                print(error, file=sys.stderr)
+                continue
+            rows, _, _ = measured(opened, methods(opened), result["split"], 128)
             result["rows"] += [{**row, "method": f"{row['method']} ({rival})"} for row in rows]
         reports.append(result)
     return merge(reports)
+
+
+def train_seed(
+    base: list[str], folder: Path, variants: dict[str, list[str]], kind: Task, rivals: dict
+) -> None:
+    """Every run that one seed's part of a table needs, by train.py's own command."""
+    here = [*base, "--out", str(folder)]
+    for name, flags in variants.items():
+        named = ["--name", name] if name not in ("", "paper") else []
+        for stage in ("teacher", "student"):
+            train(*here, "--stage", stage, *flags, *named)
+    for name in kind.references:
+        train(*here, "--stage", "explicit", "--explicit", name)
+    for rival, other in rivals.items():
+        train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
 
 
 def data_folder(flags: list[str]) -> Path:
@@ -423,6 +449,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="digits")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--finished", action="store_true", help="train nothing, report what is there")
     add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
     add(
         "--results", type=Path, default=Path("results"), help="folder of the JSON, table and figure"
@@ -430,11 +457,12 @@ def main(argv: list[str]) -> None:
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
     if args.ablation:
-        result = table_over_seeds(args.task, args.seeds, {"": []} | ABLATIONS, args.flags)
+        variants = {"": []} | ABLATIONS
+        result = table_over_seeds(args.task, args.seeds, variants, args.flags, args.finished)
         print(write(result, args.results / f"{args.task}-ablation", keys=("value", "distance")))
     else:
         variants = {"": [], "paper": ["--recipe", "paper"]}
-        result = table_over_seeds(args.task, args.seeds, variants, args.flags)
+        result = table_over_seeds(args.task, args.seeds, variants, args.flags, args.finished)
         print(write(result, args.results / args.task))
 
 

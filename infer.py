@@ -112,6 +112,11 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
     device = torch.device(pick_device(device))
     saved = load(folder / "teacher.pt", "teacher")
     config = saved["config"]
+    if saved["step"] < config["teacher_steps"]:
+        raise UsageError(
+            f"{folder}: the teacher has {saved['step']} of {config['teacher_steps']} updates; "
+            "train.py continues it"
+        )
     task = TASKS[config["task"]](Path(data or config["data"]))
     teacher = task.network(config)
     teacher.load_state_dict(saved["model"])
@@ -129,9 +134,10 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
             config = config | {"K": saved["config"]["K"]}
     explicit = {}
     for path in sorted(folder.glob("explicit-*.pt")):
-        kind = path.stem.removeprefix("explicit-")
-        explicit[kind] = task.explicit(kind).to(device).eval()
-        explicit[kind].load_state_dict(load(path, "explicit")["model"])
+        kind, saved = path.stem.removeprefix("explicit-"), load(path, "explicit")
+        if saved["step"] >= saved["config"]["explicit_steps"]:
+            explicit[kind] = task.explicit(kind).to(device).eval()
+            explicit[kind].load_state_dict(saved["model"])
     return Run(folder, task, config, teacher, students, explicit, device)
 
 

@@ -43,15 +43,18 @@ def test_equal_of_a_loss_is_as_small(run, monkeypatch):
 
 
 def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
-    """Means over seeds; a method is equal only where every seed gets there; unmeasured: empty."""
+    """Means over the seeds that have a row; a method is equal only where every seed gets there;
+    what was not measured stays empty."""
     reports = [compare.report(run, "valid") for _ in range(2)]
     for report, nfe in zip(reports, (2, 4), strict=True):
         row = {"method": "cdeq", "nfe": [nfe], "value": 50.0 * nfe, "seconds_per_batch": nfe / 8}
         report["equal"] = [row, row | {"method": "picard"}][: 2 if nfe == 2 else 1]
         report["rows"].append({"method": "gpm", "nfe": None, "value": None, "n": 0})
+    reports[1]["rows"] = [row for row in reports[1]["rows"] if row["method"] != "cdeq-paper"]
     text = compare.write(compare.merge(reports), tmp_path / "table")
     assert "| cdeq | 2, 4 | 150.00 ± 70.71 | 0.3750 |" in text
     assert "| picard | 2" not in text.split("as good as")[1]
+    assert "| cdeq-paper (1 of 2 seeds) | " in text and "| cdeq | " in text
     assert "| gpm |  |  |  |  |" in text
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".png"}
 

@@ -124,3 +124,13 @@ def test_the_command_ends_with_one_line_and_two(tmp_path):
     done = command("infer.py", "--run", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith(f"infer.py: cannot read {tmp_path}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_unfinished_teacher_answers_nothing(tiny_run, tmp_path):
+    from checkpoint import load, save
+
+    saved = load(tiny_run / "teacher.pt", "teacher")
+    contents = {key: saved[key] for key in ("model", "config")}
+    save(tmp_path / "teacher.pt", "teacher", step=3, **contents)
+    with pytest.raises(UsageError, match="the teacher has 3 of 6 updates"):
+        infer.open_run(tmp_path, device="cpu")

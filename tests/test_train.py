@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ import infer
 import train
 from checkpoint import UsageError, load
 from config import parse
+from fpode import TimeMap
+from models.mdeq import MDEQ
+from student import Student
 
 from .conftest import TINY, command, fit
 
@@ -199,6 +203,7 @@ def test_flags_win_over_recipes_and_recipes_over_defaults():
         ("--p_aug 2", "--p_aug 2.0: allowed is >= 0 and <= 1"),
         ("--student_lr nan", "--student_lr nan: allowed is > 0"),
         ("--k_tail 30", "--k_tail 30: no step of K = 20 is between"),
+        ("--trajectory 0 --rollout 0", "one of them must be > 0"),
         ("--name ../x", "--name .*allowed are letters"),
         ("--device gpu", "--device gpu: allowed is auto . cpu . cuda"),
         ("--device cuda", "no CUDA device is there"),
@@ -304,3 +309,28 @@ def test_bad_input_is_one_line_and_exit_code_two():
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("train.py: --task imagenot: allowed is digits | ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_ranks_make_runs_of_their_own_where_there_is_one_sample():
+    """On a graph all ranks have the same input: without this they would all do the same work."""
+    net = MDEQ((1, 8, 8), 10, channels=(8,), head=(4,), final=16)
+    student = Student(net, TimeMap(rho=0.3, K=6))
+
+    def runs(samples: int) -> set:
+        task = SimpleNamespace(train=range(samples), decays=(0.8, 0.9))
+        config = SimpleNamespace(rollout_max=50)
+        ranks = [SimpleNamespace(rank=r, world=4, task=task, config=config) for r in range(4)]
+        draws = [train.draw_run(r, student, torch.Generator().manual_seed(0)) for r in ranks]
+        return {tuple(times) for times in draws}
+
+    assert len(runs(1)) == 4 and len(runs(2)) == 1
+
+
+def test_the_task_loss_weighs_one_on_average():
+    """App. B.4: early steps only, whatever their share of the draws."""
+    for flags in ([], ["--k0", "0"], ["--early", "0.1"]):
+        config, _ = parse(["--task=digits", "--batch=100000", *flags])
+        k = train.draw_steps(config, torch.Generator().manual_seed(0))
+        weights = train.task_weights(config, k)
+        assert weights.mean().item() == pytest.approx(1, abs=0.03)
+        assert (weights[k > config.early * config.K] == 0).all()
