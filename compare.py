@@ -266,6 +266,11 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         "seconds_per_batch": f"seconds per batch of {result['batch']}, {result['device']}",
     }
     seeds = ", ".join(map(str, result["seeds"]))
+
+    def few(row: dict) -> str:
+        n, all_ = row["n"], len(result["seeds"])
+        return f" ({n} of {all_} seeds)" if 0 < n < all_ else ""
+
     lines = [
         f"# {result.get('note') or result['task']} by NFE",
         "",
@@ -278,9 +283,7 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         lines.append("|---" * (len(nfes) + 1) + "|")
         for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
-            n = cells[method, nfes[0]]["n"]
-            few = f" ({n} of {len(result['seeds'])} seeds)" if n < len(result["seeds"]) else ""
-            lines.append(f"| {method}{few} | " + " | ".join(row) + " |")
+            lines.append(f"| {method}{few(cells[method, nfes[0]])} | " + " | ".join(row) + " |")
     lines += ["", "## parameters and peak memory (bytes) by NFE", ""]
     lines += [
         f"| method | parameters | {' | '.join(map(str, nfes))} |",
@@ -296,7 +299,8 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         lines += ["", "## networks of finite depth", "", f"| network | {' | '.join(columns)} |"]
         lines.append("|---" * (len(columns) + 1) + "|")
         for row in explicit:
-            lines.append(f"| {row['method']} | {' | '.join(number(row, key) for key in columns)} |")
+            line = (number(row, key) for key in columns)
+            lines.append(f"| {row['method']}{few(row)} | {' | '.join(line)} |")
     return "\n".join(lines) + "\n"
 
 
