@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import infer
 from anderson import Counter, anderson, picard
@@ -65,24 +66,40 @@ def label(student: str) -> str:
 
 @torch.no_grad()
 def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
-    """Median seconds from the injected input to the logits of one batch, and the process's peak
-    memory in bytes while it runs, by (method, NFE), for those wanted and the explicit networks,
-    whose NFE is None, as is that of "injection": the step before."""
-    rows = torch.arange(min(batch, len(run.task.test)))
-    x = run.task.test.batch(rows)[0].to(run.device)
+    """Median seconds of one batch from the injected input to the logits, and the process's peak
+    memory in bytes from the input to the logits: pairs by (method, NFE) for those wanted and the
+    explicit networks, whose NFE is None, as is that of "injection", the step before."""
+    x = run.task.test.batch(torch.arange(min(batch, len(run.task.test))))[0].to(run.device)
+    seconds = times(run, table, wanted, x)
+
+    def whole(name: str, nfe: int) -> Callable[[], object]:
+        def job() -> Tensor:
+            u = table[name].inject(x)
+            return run.teacher.head(table[name].solve(run.teacher.initial(u), u, nfe, last=True))
+
+        return job
+
+    jobs = {key: whole(*key) for key in wanted} | alone(run, x)
+    return {key: (seconds[key], peak_memory(jobs[key], run.device)) for key in jobs}
+
+
+def alone(run: Run, x: Tensor) -> dict[tuple, Callable[[], object]]:
+    """What is measured beside the methods: the injection and the explicit networks."""
+    jobs = {("injection", None): lambda: run.teacher.inject(x)}
+    return jobs | {(name, None): lambda net=net: net(x) for name, net in run.explicit.items()}
+
+
+def times(run: Run, table: dict, wanted: set[tuple], x: Tensor) -> dict[tuple, float]:
+    """The seconds of `cost`."""
     u = {name: method.inject(x) for name, method in table.items()}
     z0 = run.teacher.initial(u["anderson"])
 
-    def go(name: str, nfe: int) -> Callable[[], object]:
+    def solve(name: str, nfe: int) -> Callable[[], object]:
         return lambda: run.teacher.head(table[name].solve(z0, u[name], nfe, last=True))
 
-    jobs = {key: go(*key) for key in sorted(wanted)}
-    jobs["injection", None] = lambda: run.teacher.inject(x)
-    jobs |= {(name, None): lambda net=net: net(x) for name, net in run.explicit.items()}
+    jobs = {key: solve(*key) for key in sorted(wanted)} | alone(run, x)
     spent = interleaved(jobs, 5, run.device, patience=60)
-    return {
-        key: (statistics.median(spent[key]), peak_memory(jobs[key], run.device)) for key in jobs
-    }
+    return {key: statistics.median(values) for key, values in spent.items()}
 
 
 def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
@@ -284,7 +301,7 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
             lines.append(f"| {method}{few(cells[method, nfes[0]])} | " + " | ".join(row) + " |")
-    lines += ["", "## parameters and peak memory (bytes) by NFE", ""]
+    lines += ["", "## parameters and peak memory from input to logits (bytes) by NFE", ""]
     lines += [
         f"| method | parameters | {' | '.join(map(str, nfes))} |",
         "|---" * (len(nfes) + 2) + "|",

@@ -12,7 +12,8 @@ way. In each network kappa < 1 makes f a contraction, so the equilibrium exists 
 Shapes: z and u (1, N, d): the graph is one sample with one vector of Anderson weights; x (1, N, p).
 
 Floor of one evaluation: the sparse product reads d numbers per edge, the dense one makes 2 N d^2
-FLOPs; the injection rides on the latter and ReLU works in place.
+FLOPs; the injection rides on the latter and ReLU works in place. At z = 0 neither is needed, and
+without gradients neither is computed.
 
 Departs from the references: the encoder is a small perceptron where IGNN has one matrix; EIGNN is
 iterated, for its closed form needs the dense eigenvectors of A.
@@ -167,6 +168,8 @@ class GraphCell(Cell):
 
     def linear(self, z: Tensor, u: Tensor) -> Tensor:
         """A z W^T + u."""
+        if not torch.is_grad_enabled() and not z[:, 0].any() and not z.any():
+            return u.clone()  # z_0 = 0 has nothing to propagate: every solver's first evaluation
         Az = self.graph.product(z)
         return torch.addmm(u.flatten(0, 1), Az.flatten(0, 1), self.W.T).view_as(z)
 
@@ -285,9 +288,8 @@ class IGNN(Equilibrium):
         return self.readout(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        known = (
-            y[0] >= 0
-        )  # all graphs of a batch are the same one: the head sees labelled nodes only
+        # All graphs of a batch are the same one, so the head need only see its labelled nodes.
+        known = y[0] >= 0
         return super().nll(z[:, known], y[:, known])
 
     def project(self) -> None:

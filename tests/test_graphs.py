@@ -140,6 +140,17 @@ def test_relabelling_the_nodes_permutes_the_answer(kind):
     assert torch.allclose(logits[0][:, order], logits[1], atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", CELLS)
+def test_the_evaluation_at_zero_that_skips_its_products_is_the_whole_one(kind):
+    net, u = network(kind)
+    z = torch.zeros_like(u)
+    with torch.no_grad():
+        quick = net.f(z, u)
+        z[:, 1] = 1  # a state with zeros in it is not skipped
+        assert not torch.equal(net.f(z, u), quick)
+    assert torch.allclose(net.f(torch.zeros_like(u), u), quick)
+
+
 @pytest.mark.parametrize("kind", ["ignn", "eignn", "mignn"])
 def test_many_phantom_steps_are_implicit_differentiation(kind):
     """The teacher's gradient with an unrolled tail against the implicit function theorem."""
