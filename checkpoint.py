@@ -67,14 +67,23 @@ def save(path: Path, kind: str, **contents) -> None:
         file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
 
 
+def contents_of(path: Path, advice: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; {advice}") from error
+
+
+def ours(raw: bytes) -> bool:
+    """Whether these are the bytes of a whole checkpoint of `save`."""
+    return hashlib.sha256(raw[32:]).digest() == raw[:32]
+
+
 def load(path: Path, kind: str) -> dict:
     """Reads a checkpoint of `save` onto the CPU; UsageError names a damaged or foreign file."""
     advice = f"delete it and run train.py again, or name another {kind}"
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; {advice}") from error
-    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+    raw = contents_of(path, advice)
+    if not ours(raw):
         raise UsageError(f"{path} is truncated, damaged or no checkpoint of this project; {advice}")
     try:
         contents = torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 import infer
 from anderson import Counter, anderson, picard
 from checkpoint import UsageError, atomic, plain_errors, provenance, versions
-from config import TASKS, command_line
+from config import TASKS, command_line, open_task
 from infer import Method, Run
 from tasks import Task
 
@@ -174,11 +174,9 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
         for nfe in run.task.nfes
     ]
     for name, net in run.explicit.items():
-        x, y = (v.to(run.device) for v in data.batch(torch.arange(len(data))))
-        value = run.task.score(net(x), y).mean().item()
         params = sum(p.numel() for p in net.parameters())
-        nll = net.nll(x, y).item()
-        rows.append({"method": name, "nfe": None, "value": value, "nll": nll, "params": params})
+        found = infer.evaluate_explicit(run, net, data, batch)
+        rows.append({"method": name, "nfe": None, **found, "params": params})
     spent = cost(run, table, wanted | further, batch)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
@@ -237,7 +235,8 @@ def merge(reports: list[dict]) -> dict:
     """One report over seeds: means of every number, the metric's std (n - 1) and n."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
-    numbers = ("value", "nll", "residual", "distance", "seconds_per_batch", "peak_memory_bytes")
+    numbers = ("value", "top5", "nll", "residual", "distance", "seconds_per_batch")
+    numbers = *numbers, "peak_memory_bytes"
 
     def mean(rows: list[dict]) -> dict:
         known = [key for key in numbers if rows[0].get(key) is not None]
@@ -419,7 +418,7 @@ def table_over_seeds(
     A task's references (explicit networks) and rivals (teachers solved beside the first one, under
     the names "picard (eignn)", ...) have rows too.
     """
-    kind = TASKS[task](data_folder(extra))
+    kind = open_task({"task": task, "data": data_folder(extra)})
     reports = []
     for seed in seeds:
         folder = Path(f"runs/{task}-seed{seed}")

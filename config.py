@@ -11,8 +11,10 @@ the student reaches by itself.
 
 import argparse
 import dataclasses
+import inspect
 import math
 import operator
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +48,10 @@ class Config:
     task: str = opt("digits", "data set", " | ".join(TASKS), BOTH)
     preset: str = opt("", "network size; empty: the task's first", "", BOTH)
     seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
+    image_size: int = opt(0, "of photographs, pixels; 0: the task's", ">= 0", BOTH)
     dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
     batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
+    accumulate: int = opt(1, "parts that a batch is computed in, one after another", ">= 1", BOTH)
     clip: float = opt(1.0, "gradient norm", "> 0", BOTH)
     # The network; 0: the preset's
     width: int = opt(0, "channels of a graph's state", ">= 0", BOTH)
@@ -60,9 +64,12 @@ class Config:
     ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
     # The teacher
     teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
-    teacher_lr: float = opt(3e-3, "peak learning rate of AdamW, cosine to 0", "> 0", TEACHER)
+    optimizer: str = opt("adamw", "sgd with Nesterov momentum .9", "adamw | sgd", TEACHER)
+    teacher_lr: float = opt(3e-3, "peak learning rate, cosine to 0", "> 0", TEACHER)
     teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
-    augment: bool = opt(True, "random views of the inputs", "", TEACHER)
+    augment: bool = opt(True, "random views of the inputs", "", BOTH)
+    pretrain: int = opt(0, "first updates on a few layers of f, without a solver", ">= 0", TEACHER)
+    pretrain_layers: int = opt(4, "that many", ">= 1", TEACHER)
     solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
     phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
     tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
@@ -102,7 +109,10 @@ class Config:
     explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
     explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
     explicit_decay: float = opt(0.0, "its weight decay", ">= 0", EXPLICIT)
-    # Storage
+    pretrained: bool = opt(False, "torchvision's weights instead of training", "", EXPLICIT)
+    # Data and storage
+    workers: int = opt(min(8, os.cpu_count() or 1), "processes that read pictures", ">= 0")
+    unreadable: str = opt("refuse", "what to do with damaged pictures", "refuse | skip")
     store: str = opt("auto", "of trajectories", "auto | memory | disk | rolling")
     cache_gb: float = opt(4.0, "memory for trajectories, GB per process", "> 0")
     disk_gb: float = opt(50.0, "disk for trajectories, GB", ">= 0")
@@ -111,7 +121,8 @@ class Config:
     reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
     # This start of the command
     stage: str = opt("all", "what to do", "all | teacher | student | evaluate | explicit")
-    explicit: str = opt("gcn", "network of --stage explicit", "gcn | gat | gcnii")
+    explicit: str = opt("", "network of --stage explicit: gcn, gat, gcnii; torchvision's names")
+    teacher: str = opt("", "a teacher's file to take over: ours, or locuslab/deq's MDEQ")
     data: str = opt("data", "folder of the data sets, or a user's own file")
     out: str = opt("", "run folder; empty: runs/TASK")
     device: str = opt("auto", "of all processes", "auto | cpu | cuda")
@@ -174,16 +185,39 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     given = vars(parser.parse_args(argv))
     name, recipe = (given.get(key, getattr(Config, key)) for key in ("task", "recipe"))
     check(Config(task=name, recipe=recipe))
-    task = TASKS[name](Path(given.get("data", Config.data)))
-    chosen = {"preset": task.presets[0], "out": f"runs/{name}", **task.defaults, **RECIPES[recipe]}
+    task = open_task(given | {"task": name})
+    chosen = {
+        "preset": task.presets[0],
+        "out": f"runs/{name}",
+        "explicit": "".join(task.references[:1]),
+    }
+    chosen |= task.defaults | RECIPES[recipe]
     config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
     check(config)
+    if config.teacher_steps <= config.pretrain:
+        raise UsageError(
+            f"--pretrain {config.pretrain}: must be below --teacher_steps {config.teacher_steps}"
+        )
     for key in ("width", "hidden", "kappa", "dropout"):
         if key in given and key not in task.options:
             raise UsageError(f"--{key}: the networks of {name} have no such setting")
     if config.preset not in task.presets:
         raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
     return config, task
+
+
+def open_task(settings: dict) -> Task:
+    """The task that settings ask for, with its data where they say."""
+    build, data = TASKS[settings["task"]], Path(settings.get("data", Config.data))
+    known = inspect.signature(build).parameters
+    options = {}
+    for key in ("image_size", "unreadable"):
+        value = settings.get(key, getattr(Config, key))
+        if key in known and value:
+            options[key] = value
+        elif value != getattr(Config, key):
+            raise UsageError(f"--{key}: {settings['task']} has no such setting")
+    return build(data, **options)
 
 
 def command_line(description: str) -> argparse.ArgumentParser:

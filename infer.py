@@ -16,10 +16,11 @@ per answer; neither is f-sized, and neither is counted.
 
 import copy
 import ctypes
+import io
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anderson import Counter, anderson
-from checkpoint import UsageError, fingerprint, load, plain_errors
-from config import TASKS, command_line
+from checkpoint import UsageError, contents_of, fingerprint, load, ours, plain_errors
+from config import command_line, open_task
 from fpode import TimeMap
 from models import Equilibrium
+from models.mdeq import published
 from student import Student
 from tasks import Split, Task
 
@@ -99,6 +101,24 @@ def load_student(path: Path, teacher: Equilibrium) -> dict:
     return saved
 
 
+def teacher_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a teacher's file under our names: a checkpoint of ours, or a state dict of
+    locuslab/deq, which may lie within a larger checkpoint; no pickled code is run."""
+    advice = "allowed are a teacher.pt of train.py and a state dict of locuslab/deq"
+    raw = contents_of(path, advice)
+    if ours(raw):
+        return load(path, "teacher")["model"]
+    try:
+        state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file makes the reader raise
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path} holds no plain tensors ({reason}); {advice}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{path} is no dict of tensors; {advice}")
+    return published(state)
+
+
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     """A fresh student with the clock and the options of a training configuration."""
     times = TimeMap(rho, config["K"], config["eps"], config["T"])
@@ -117,7 +137,7 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
             f"{folder}: the teacher has {saved['step']} of {config['teacher_steps']} updates; "
             "train.py continues it"
         )
-    task = TASKS[config["task"]](Path(data or config["data"]))
+    task = open_task(config | {"data": data or config["data"]})
     teacher = task.network(config)
     teacher.load_state_dict(saved["model"])
     teacher.to(device).eval().requires_grad_(False)
@@ -136,7 +156,8 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
     for path in sorted(folder.glob("explicit-*.pt")):
         kind, saved = path.stem.removeprefix("explicit-"), load(path, "explicit")
         if saved["step"] >= saved["config"]["explicit_steps"]:
-            explicit[kind] = task.explicit(kind).to(device).eval()
+            explicit[kind] = task.explicit(saved["config"] | {"pretrained": False})
+            explicit[kind].to(device).eval()
             explicit[kind].load_state_dict(saved["model"])
     return Run(folder, task, config, teacher, students, explicit, device)
 
@@ -206,16 +227,13 @@ def evaluate(
     Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
     counts once whatever the number of ranks.
     """
-    net, rank, world = run.teacher, *ranks()
-    nfes = nfes or run.task.nfes
-    totals = torch.zeros(len(methods), len(nfes), 5, dtype=torch.float64)
+    net, nfes = run.teacher, nfes or run.task.nfes
+    names = ("value", "nll", "residual", "distance", *run.task.further)
+    totals = torch.zeros(len(methods), len(nfes), len(names) + 1, dtype=torch.float64)
     calls = 0
     for method in methods.values():
         method.counter.nfe = 0
-    for rows in torch.arange(rank, len(split), world).split(batch):
-        if not len(rows):  # fewer samples than ranks: a graph is one
-            continue
-        x, y = (v.to(run.device) for v in split.batch(rows))
+    for x, y in stream(run, split, batch):
         u = net.inject(x)
         z0 = net.initial(u)
         star = equilibrium(run, z0, u)
@@ -223,28 +241,59 @@ def evaluate(
         for method, total in zip(methods.values(), totals, strict=True):
             states = method.solve(z0, method.inject(x), max(nfes))
             for i, nfe in enumerate(nfes):
-                z = states[nfe]
-                sums = (
-                    run.task.score(net.head(z), y),
-                    net.nll(z, y),
-                    relative(net.f(z, u), z),
-                    relative(z, star),
-                )
-                total[i] += torch.tensor([*(v.sum().item() for v in sums), len(rows)]).double()
+                found = measures(run, states[nfe], u, star, y)
+                sums = [found[name].sum().item() for name in names]
+                total[i] += torch.tensor([*sums, len(y)]).double()
     for name, method in methods.items():
         made, declared = method.counter.nfe, calls * max(nfes)
         if made != declared:
             raise AssertionError(f"{name}: {made} evaluations were made, {declared} declared")
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(totals)
-    keys = ("value", "nll", "residual", "distance")
     return {
         name: [
-            {"nfe": nfe, **dict(zip(keys, (row[:4] / row[4]).tolist(), strict=True))}
+            {"nfe": nfe, **dict(zip(names, (row[:-1] / row[-1]).tolist(), strict=True))}
             for nfe, row in zip(nfes, total, strict=True)
         ]
         for name, total in zip(methods, totals, strict=True)
     }
+
+
+def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y of this rank's share of a split, on the device; of one graph, on one rank."""
+    rank, world = ranks()
+    rows = torch.arange(rank, len(split), world).split(batch)
+    batches = ((part,) for part in rows if len(part))
+    for x, y in split.stream(batches, run.config.get("workers", 0)):
+        if len(y):
+            yield x.to(run.device), y.to(run.device)
+
+
+def measures(run: Run, z: Tensor, u: Tensor, star: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What tables tell of a state z, each (B,): metrics, residual under the teacher's f, distance
+    to its equilibrium."""
+    net, logits = run.teacher, run.teacher.head(z)
+    return {
+        "value": run.task.score(logits, y),
+        "nll": net.nll(z, y),
+        "residual": relative(net.f(z, u), z),
+        "distance": relative(z, star),
+        **{name: score(logits, y) for name, score in run.task.further.items()},
+    }
+
+
+@torch.no_grad()
+def evaluate_explicit(run: Run, net: nn.Module, split: Split, batch: int = 128) -> dict[str, float]:
+    """The metrics of a network of finite depth over a split."""
+    scores = {"value": run.task.score, **run.task.further}
+    totals = torch.zeros(len(scores) + 2, dtype=torch.float64)
+    for x, y in stream(run, split, batch):
+        logits = net(x)
+        sums = [*(score(logits, y) for score in scores.values()), net.nll(x, y)]
+        totals += torch.tensor([*(v.sum().item() for v in sums), len(y)]).double()
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return dict(zip((*scores, "nll"), (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
 def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
@@ -299,8 +348,7 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
     """Metric and NFE of the anytime mode over a split."""
     student, decay = run.students[name]
     scores, used = [], []
-    for rows in torch.arange(len(split)).split(128):
-        x, y = (v.to(run.device) for v in split.batch(rows))
+    for x, y in stream(run, split, 128):
         u = student.inject(x)
         z, nfe = anytime(student, run.teacher.initial(u), u, tol, max_nfe, decay)
         scores.append(run.task.score(run.teacher.head(z), y))

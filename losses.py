@@ -135,19 +135,18 @@ class TeacherLoss(nn.Module):
         super().__init__()
         self.net, self.steps, self.phantom, self.tau, self.solver = net, steps, phantom, tau, solver
 
-    def forward(self, x: Tensor, y: Tensor, probe: Tensor | None) -> dict[str, Tensor]:
-        """probe (B, state...): direction of the Jacobian estimate, or None for no estimate."""
+    def forward(
+        self, x: Tensor, y: Tensor, probe: Tensor | None, layers: int = 0
+    ) -> dict[str, Tensor]:
+        """probe (B, state...): direction of the Jacobian estimate, or None for no estimate.
+        layers > 0: no solve, but that many layers of f from z_0, all differentiated."""
         net = self.net
+        net.redraw()
         u = net.inject(x)
-        z = anderson(
-            lambda z: net.f(z, u),
-            net.initial(u),
-            self.steps,
-            last=True,
-            sample_dims=net.sample_dims,
-            **self.solver,
-        )
-        terms = {}
+        z, terms = net.initial(u), {}
+        if not layers:
+            options = dict(last=True, sample_dims=net.sample_dims, **self.solver)
+            z = anderson(lambda z: net.f(z, u), z, self.steps, **options)
         with parametrize.cached():
             if probe is not None:  # |v^T J|^2 / n estimates |J|_F^2 / n (Bai et al., 2021b)
                 z_in = z.requires_grad_(True)
@@ -155,6 +154,6 @@ class TeacherLoss(nn.Module):
                 (vjp,) = torch.autograd.grad(f_z, z_in, probe, create_graph=True)
                 terms["jacobian"] = vjp.square().mean()
                 z = z.detach()
-            for _ in range(self.phantom):
-                z = torch.lerp(z, net.f(z, u), self.tau)
+            for _ in range(layers or self.phantom):
+                z = torch.lerp(z, net.f(z, u), 1.0 if layers else self.tau)
         return {"task": net.nll(z, y).mean(), **terms}

@@ -18,6 +18,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -44,13 +46,17 @@ class Trainer:
     def __init__(self, config: Config, task: Task):
         self.config, self.task, self.folder = config, task, Path(config.out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if config.batch % self.world:
-            raise UsageError(f"--batch {config.batch} is not divisible by {self.world} processes")
+        if config.batch % (self.world * config.accumulate):
+            raise UsageError(
+                f"--batch {config.batch} is not divisible by {self.world} processes x --accumulate "
+                f"{config.accumulate}"
+            )
         self.device = torch.device(infer.pick_device(config.device))
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        self.mine = slice(*(config.batch // self.world * r for r in (self.rank, self.rank + 1)))
+        self.part = config.batch // config.accumulate  # samples of all ranks computed together
+        self.mine = slice(*(self.part // self.world * r for r in (self.rank, self.rank + 1)))
         if not self.rank:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ class Trainer:
             tqdm.write(text)
 
     def generator(self, stage: int, step: int) -> torch.Generator:
-        """The randomness of one update, the same on every rank: draws are global, then sliced."""
+        """The randomness of one part, the same on every rank: draws are global, then sliced."""
         torch.manual_seed((3 * self.config.seed + stage) * 10**9 + step)  # dropout, if there is any
         return torch.Generator().manual_seed((3 * self.config.seed + stage) * 10**9 + step)
 
@@ -86,37 +92,40 @@ class Trainer:
                 )
 
     def fit(
-        self, stage, path, module, online, weigh, draw, steps, lr, decay, after, ema=None, **extra
+        self, stage, path, module, online, weigh, draw, steps, optimizer, after, ema=None, **extra
     ):
         """The loop (Alg. 2 for the student): draw, loss, gradient, step; log; save; resume.
 
-        module(*draw(step)) gives a dict of loss terms and weigh(terms) their sum; `online` is the
-        network that is trained and saved, `after` what follows each update, `extra` what its
-        checkpoint holds besides.
+        draw(parts) yields the arguments of module for each of these parts of batches, in order;
+        module gives a dict of loss terms and weigh(terms) their sum; `online` is the network that
+        is trained and saved, `after` what follows each update, `extra` what its checkpoint holds
+        besides.
         """
-        config = self.config
-        online.requires_grad_(True)
-        optimizer = torch.optim.AdamW(online.parameters(), lr=lr, weight_decay=decay)
+        config, A = self.config, self.config.accumulate
         parts = {"model": online, "optimizer": optimizer, **({} if ema is None else {"ema": ema})}
-        start = self.restore(stage, path, parts, extra)
-        model = DistributedDataParallel(module) if self.world > 1 else module
+        start, peak = self.restore(stage, path, parts, extra), optimizer.defaults["lr"]
+        if self.world > 1:
+            if self.device.type == "cuda":
+                nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = DistributedDataParallel(module)
         advice = f"{path} keeps the last good state (if any); a lower learning rate may help"
 
+        batches = draw(range(start * A, steps * A))
         quiet = None if not self.rank else True  # None: a bar on a terminal only
         bar = tqdm(range(start, steps), stage, steps, initial=start, disable=quiet, unit="update")
         for step in bar:
-            batch = draw(step)
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, steps)
-            try:
-                half = config.dtype == "bf16"
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                    terms = model(*batch)
-            except FloatingPointError as error:  # the solver's word for a network that diverged
-                raise UsageError(f"{stage}: {error}, at step {step}; {advice}") from error
+                group["lr"] = peak * schedule(step, steps)
             optimizer.zero_grad(set_to_none=True)
-            weigh(terms).backward()  # Alg. 2, l. 7
-            values = {f"{name} loss": term.item() for name, term in terms.items()}
+            values: dict[str, float] = {}
+            for i in range(A):
+                with ExitStack() as stack:
+                    if self.world > 1 and i + 1 < A:  # gradients are averaged once an update
+                        stack.enter_context(module.no_sync())
+                    terms = self.terms(module, next(batches), stage, step, advice)
+                    (weigh(terms) / A).backward()  # Alg. 2, l. 7
+                for name, term in terms.items():
+                    values[f"{name} loss"] = values.get(f"{name} loss", 0.0) + term.item() / A
             norm = nn.utils.clip_grad_norm_(online.parameters(), config.clip).item()
             for name, value in {**values, "gradient's norm": norm}.items():
                 if not math.isfinite(value):
@@ -131,6 +140,15 @@ class Trainer:
                     self.say(f"{stage} {step}/{steps}: {text}")
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
                 self.keep(stage, path, parts, extra, step + 1)
+
+    def terms(self, module: nn.Module, batch: tuple, stage: str, step: int, advice: str) -> dict:
+        """The loss terms of one part of a batch, in the run's dtype."""
+        try:
+            half = self.config.dtype == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                return module(*batch)
+        except FloatingPointError as error:  # the solver's word for a network that diverged
+            raise UsageError(f"{stage}: {error}, at step {step}; {advice}") from error
 
     def keep(self, stage: str, path: Path, parts: dict, extra: dict, step: int) -> None:
         """Writes a stage's checkpoint after so many updates."""
@@ -153,15 +171,18 @@ class Trainer:
 
 
 def train_explicit(run: Trainer) -> None:
-    """A reference network of finite depth, on the same input, by the same loop."""
+    """A reference network of finite depth, on the same inputs, by the same loop."""
     config, task = run.config, run.task
-    path = run.folder / f"explicit-{config.explicit}.pt"
     if task.explicit is None:
         raise UsageError(f"--stage explicit: {task.name} has no explicit networks")
     torch.manual_seed(config.seed)
-    net = task.explicit(config.explicit).to(run.device).train()
+    net = task.explicit(dataclasses.asdict(config)).to(run.device).train()
+    path = run.folder / f"explicit-{config.explicit}.pt"
     if finished(path, "explicit", config.explicit_steps):
         run.bind(path, load(path, "explicit")["config"], EXPLICIT)
+        return
+    if config.pretrained:
+        run.keep("explicit", path, {"model": net}, {}, config.explicit_steps)
         return
 
     class Loss(nn.Module):
@@ -172,13 +193,29 @@ def train_explicit(run: Trainer) -> None:
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
             return {"task": net.nll(x, y).mean()}
 
-    def draw(step: int) -> tuple:
-        run.generator(2, step)
-        return tuple(v.to(run.device) for v in task.train.batch(torch.zeros(1, dtype=torch.long)))
+    def draw(parts: range) -> Iterator[tuple]:
+        for part, (x, y) in zip(parts, views(run, parts), strict=True):
+            run.generator(2, part)
+            yield x.to(run.device), y.to(run.device)
 
     steps, lr, decay = config.explicit_steps, config.explicit_lr, config.explicit_decay
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=decay)
     total_of = lambda terms: terms["task"]  # noqa: E731
-    run.fit("explicit", path, Loss(), net, total_of, draw, steps, lr, decay, lambda: None)
+    run.fit("explicit", path, Loss(), net, total_of, draw, steps, optimizer, lambda: None)
+
+
+def views(run: Trainer, parts: range) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y of this rank's share of these parts of the training stream, augmented if wanted."""
+    config, split = run.config, run.task.train
+
+    def keys() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in parts:
+            first = part * run.part
+            rows, _ = positions(len(split), first, run.part, config.seed)
+            seeds = config.seed * 10**9 + first + torch.arange(run.part)
+            yield rows[run.mine], seeds[run.mine] if config.augment else None
+
+    return split.stream(keys(), config.workers)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -192,35 +229,37 @@ def train_teacher(run: Trainer) -> Equilibrium:
     config, task, path = run.config, run.task, run.folder / "teacher.pt"
     torch.manual_seed(config.seed)
     net = task.network(dataclasses.asdict(config)).to(run.device)
+    if config.teacher and not path.exists():
+        adopt(run, net, path)
     if not finished(path, "teacher", config.teacher_steps):
         if config.compile:
             net.cell.compile()
         solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
         module = TeacherLoss(net, config.solver_steps, config.phantom, config.tau, **solver)
         state = state_shape(run, net)
-        numbers = config.batch // run.world * state.numel()
+        numbers = run.part // run.world * state.numel()
         run.say(
             f"Anderson acceleration: {2 * config.m + 2} states (2 m + 2) x {numbers:,} numbers x "
             f"4 bytes = {(2 * config.m + 2) * numbers * 4e-9:.3g} GB per process"
         )
 
-        def draw(step: int) -> tuple:
-            generator = run.generator(0, step)
-            first = step * config.batch
-            rows, _ = positions(len(task.train), first, config.batch, config.seed)
-            seeds = config.seed * 10**9 + first + torch.arange(config.batch)
-            views = task.train.batch(rows[run.mine], seeds[run.mine] if config.augment else None)
-            x, y = (v.to(run.device) for v in views)
-            probe = None
-            if config.jac_weight > 0 and torch.rand((), generator=generator) < config.jac_prob:
-                probe = torch.randn(config.batch, *state, generator=generator)[run.mine]
-            return x, y, probe if probe is None else probe.to(run.device)
+        def draw(parts: range) -> Iterator[tuple]:
+            for part, (x, y) in zip(parts, views(run, parts), strict=True):
+                generator, probe = run.generator(0, part), None
+                layers = (
+                    config.pretrain_layers if part // config.accumulate < config.pretrain else 0
+                )
+                chance = torch.rand((), generator=generator) if config.jac_weight > 0 else 1.0
+                if chance < config.jac_prob and not layers:
+                    probe = torch.randn(run.part, *state, generator=generator)[run.mine]
+                    probe = probe.to(run.device)
+                yield x.to(run.device), y.to(run.device), probe, layers
 
         def weigh(terms: dict[str, Tensor]) -> Tensor:
             return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
 
-        steps, lr, decay = config.teacher_steps, config.teacher_lr, config.teacher_decay
-        run.fit("teacher", path, module, net.train(), weigh, draw, steps, lr, decay, net.project)
+        optimizer, steps = teacher_optimizer(config, net), config.teacher_steps
+        run.fit("teacher", path, module, net.train(), weigh, draw, steps, optimizer, net.project)
         barrier(run)
     saved = load(path, "teacher")
     run.bind(path, saved["config"], TEACHER, BOTH)
@@ -229,6 +268,36 @@ def train_teacher(run: Trainer) -> Equilibrium:
     if config.compile:
         net.cell.compile()
     return net.to(run.device).eval().requires_grad_(False)
+
+
+def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
+    """Writes the run's teacher.pt from --teacher, a file of ours or of locuslab/deq."""
+    file = Path(run.config.teacher)
+    state = infer.teacher_weights(file)
+    ours = net.state_dict()
+    missing, foreign = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
+    for names, what in ((missing, "lacks"), (foreign, "has besides")):
+        if names:
+            raise UsageError(
+                f"--teacher {file} is no {run.config.preset}: it {what} {len(names)} tensors, "
+                f"first {names[0]}; allowed are checkpoints of the same --preset"
+            )
+    for name, value in state.items():
+        if value.shape != ours[name].shape:
+            raise UsageError(
+                f"--teacher {file} is no {run.config.preset}: {name} is {[*value.shape]} there, "
+                f"{[*ours[name].shape]} here"
+            )
+    net.load_state_dict(state)
+    run.keep("teacher", path, {"model": net}, {"source": str(file)}, run.config.teacher_steps)
+    barrier(run)
+
+
+def teacher_optimizer(config: Config, net: Equilibrium) -> torch.optim.Optimizer:
+    options = dict(lr=config.teacher_lr, weight_decay=config.teacher_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True, **options)
+    return torch.optim.AdamW(net.parameters(), **options)
 
 
 @torch.no_grad()
@@ -255,7 +324,7 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             return trajectories.sample(teacher, x, rows, config.K, config.z0, **solver)
 
-    common = (solve, split, config.batch, config.seed)
+    common = (solve, split, run.part, config.seed)
     options = dict(chunk=config.chunk, dtype=dtype)
     if kind == "memory":
         return trajectories.Memory(*common, **options)
@@ -269,19 +338,20 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
         folder = run.folder / "trajectories"
         return trajectories.Disk(*common, folder=folder, header=binding | solver, **options)
     slots = int(config.cache_gb * 1e9 / ((config.K + 1) * state.numel() * dtype.itemsize))
-    return trajectories.Rolling(*common, slots=slots, reuse=config.reuse, **options)
+    options |= dict(reuse=config.reuse, augment=config.augment, workers=config.workers)
+    return trajectories.Rolling(*common, slots=slots, **options)
 
 
-def draw_steps(config: Config, generator: torch.Generator) -> Tensor:
-    """k of each sample (batch,): uniform on 1 .. K (Alg. 2, l. 3), or with k = 0 oversampled."""
+def draw_steps(config: Config, n: int, generator: torch.Generator) -> Tensor:
+    """k of n samples: uniform on 1 .. K (Alg. 2, l. 3), or with k = 0 oversampled."""
     if config.k0 == 0:
-        return torch.randint(1, config.K + 1, (config.batch,), generator=generator)
-    k = torch.randint(1, config.K, (config.batch,), generator=generator)
-    return torch.where(torch.rand(config.batch, generator=generator) < config.k0, 0, k)
+        return torch.randint(1, config.K + 1, (n,), generator=generator)
+    k = torch.randint(1, config.K, (n,), generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < config.k0, 0, k)
 
 
 def task_weights(config: Config, k: Tensor) -> Tensor:
-    """Of the task loss at steps k (batch,): 0 where k is not early, else such that their mean over
+    """Of the task loss at steps k: 0 where k is not early, else such that their mean over
     draws is 1."""
     last = math.ceil(config.early * config.K)
     chance = last / config.K
@@ -315,7 +385,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     settings = dataclasses.asdict(config)
     student = infer.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
     if config.first:
-        student.fit_first(first_pairs(config, store, student, run.device))
+        student.fit_first(first_pairs(run, store, student))
     ema = infer.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
     ema.load_state_dict(student.state_dict())
     if config.compile:  # copies of a compiled cell are not compiled
@@ -323,44 +393,50 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         ema.cell.compile()
     module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
 
-    def draw(step: int) -> tuple:
-        generator, device = run.generator(1, step), run.device
-        k = draw_steps(config, generator)  # Alg. 2, l. 3
-        j = (k + (1 if config.local == "later" else -1)).clamp(0, config.K)
-        draws = torch.rand(config.batch, config.K + 1, generator=generator)
-        steps = [k - 1, k, j - 1, j] if config.trajectory > 0 else []
-        ks = torch.stack([*steps, torch.full_like(k, config.K)], dim=1).clamp(min=0)
-        ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
-        x, y, rows = store.batch(step)
-        states = [z.to(device, torch.float32) for z in store.states(rows, ks[run.mine])]
-        early = task_weights(config, k)[run.mine].to(device) if config.lam2 > 0 else None
-        rollout = draw_run(run, student, generator) if config.rollout > 0 else None
-        k, j = k[run.mine].to(device), j[run.mine].to(device)
-        return x.to(device), y.to(device), k, j, states, early, rollout
+    def draw(parts: range) -> Iterator[tuple]:
+        device, mine = run.device, run.mine
+        for part in parts:
+            generator = run.generator(1, part)
+            k = draw_steps(config, run.part, generator)  # Alg. 2, l. 3
+            j = (k + (1 if config.local == "later" else -1)).clamp(0, config.K)
+            draws = torch.rand(run.part, config.K + 1, generator=generator)
+            steps = [k - 1, k, j - 1, j] if config.trajectory > 0 else []
+            ks = torch.stack([*steps, torch.full_like(k, config.K)], dim=1).clamp(min=0)
+            ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
+            x, y, rows = store.batch(part)
+            states = [z.to(device, torch.float32) for z in store.states(rows, ks[mine])]
+            early = task_weights(config, k)[mine].to(device) if config.lam2 > 0 else None
+            rollout = draw_run(run, student, generator) if config.rollout > 0 else None
+            k, j = k[mine].to(device), j[mine].to(device)
+            yield x.to(device), y.to(device), k, j, states, early, rollout
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
         return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
 
-    steps, lr = config.student_steps, config.student_lr
+    steps = config.student_steps
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.student_lr, weight_decay=0.0)
     extra = dict(rho=rho, teacher=fingerprint(teacher))
 
     def average() -> None:
         update_ema(ema, student, config.mu)  # Alg. 2, l. 9
 
-    run.fit("student", path, module, student, weigh, draw, steps, lr, 0.0, average, ema, **extra)
+    begin = time.perf_counter()
+    run.fit("student", path, module, student, weigh, draw, steps, optimizer, average, ema, **extra)
+    if isinstance(store, trajectories.Rolling):
+        share = store.seconds / (time.perf_counter() - begin)
+        run.say(f"the teacher's solves took {share:.0%} of the time")
+        run.log(solve_share=share)
     barrier(run)
     pick_decay(run, path)
 
 
-def first_pairs(
-    config: Config, store: trajectories.Memory, student: Student, device, most: int = 8
-):
+def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most: int = 8):
     """(z_0, z_K, u) of a few batches, for the student's W_0."""
-    for step in range(min(most, math.ceil(len(store.split) / config.batch))):
+    for step in range(min(most, math.ceil(len(store.split) / run.part))):
         x, _, rows = store.batch(step)
-        ends = store.states(rows, torch.tensor([[0, config.K]]).expand(len(rows), -1))
-        z_0, z_K = (z.to(device, torch.float32) for z in ends)
-        yield z_0, z_K, student.inject(x.to(device))
+        ends = store.states(rows, torch.tensor([[0, run.config.K]]).expand(len(rows), -1))
+        z_0, z_K = (z.to(run.device, torch.float32) for z in ends)
+        yield z_0, z_K, student.inject(x.to(run.device))
 
 
 def pick_decay(run: Trainer, path: Path) -> None:

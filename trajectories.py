@@ -17,10 +17,12 @@ draws it from N(0, I)). Eq. 13 is drawn anew at every use instead of once into t
 redirects an index, and a fixed draw would hide the same states from the student for good.
 """
 
+import itertools
 import json
 import math
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -196,16 +198,20 @@ class Rolling(Memory):
 
     The window is `reuse` chunks. Each pass over it uses every slot once and then replaces the
     oldest chunk by the next one of the stream. Its contents are a function of the step, so a
-    resumed run solves the same window again; inputs are kept beside their states.
+    resumed run solves the same window again. Inputs are kept beside their states and, if `augment`,
+    are random views, new with every chunk. seconds: spent on solves so far.
     """
 
-    def __init__(self, solve: Solve, *args, slots: int, reuse: int, **options):
+    def __init__(
+        self, solve: Solve, *args, slots: int, reuse: int, augment=False, workers=0, **options
+    ):
         if slots < reuse:
             raise UsageError(
                 f"a rolling store needs room for --reuse = {reuse} trajectories at least, the "
                 f"budget holds {slots}: raise --cache_gb or lower --reuse"
             )
-        self.solver, self.reuse = solve, reuse
+        self.solver, self.reuse, self.augment, self.workers = solve, reuse, augment, workers
+        self.at_once, self.seconds, self.stream = options["chunk"], 0.0, None
         self.live: list[int | None] = [None] * reuse
         super().__init__(solve, *args, **(options | {"chunk": slots // reuse}))
 
@@ -220,17 +226,30 @@ class Rolling(Memory):
                 self.replace(number)
         return self.x[rows], self.y[rows], rows
 
-    def replace(self, number: int) -> None:
-        """Solves chunk `number` of this rank's stream into the place of the oldest one."""
+    def keys(self, number: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Rows and seeds of this rank's chunks `number`, number + 1, ... of the stream."""
         count = self.chunk * self.world
-        rows, _ = positions(len(self.split), number * count, count, self.seed)
-        rows = rows[self.rank :: self.world]
-        x, y = self.split.batch(rows)
-        z = self.solver(x, rows).transpose(0, 1).to("cpu", self.dtype)
+        for first in itertools.count(number * count, count):
+            rows, _ = positions(len(self.split), first, count, self.seed)
+            seeds = self.seed * 10**9 + first + torch.arange(count)
+            mine = slice(self.rank, None, self.world)
+            yield rows[mine], seeds[mine] if self.augment else None
+
+    def replace(self, number: int) -> None:
+        """Solves chunk `number` into the place of the oldest one."""
+        if self.stream is None or self.next != number:
+            streams = (self.split.stream(self.keys(number), self.workers), self.keys(number))
+            self.stream = zip(*streams, strict=True)
+        (x, y), (rows, _) = next(self.stream)
+        self.next, start = number + 1, time.perf_counter()
+        parts = zip(x.split(self.at_once), rows.split(self.at_once), strict=True)
+        z = [self.solver(*part).transpose(0, 1).to("cpu", self.dtype) for part in parts]
+        self.seconds += time.perf_counter() - start
         if self.z is None:
-            self.x, self.y, self.z = (v.repeat(self.reuse, *[1] * (v.dim() - 1)) for v in (x, y, z))
+            slots = self.reuse * self.chunk
+            self.x, self.y, self.z = (v.new_empty(slots, *v.shape[1:]) for v in (x, y, z[0]))
         place = slice(number % self.reuse * self.chunk, (number % self.reuse + 1) * self.chunk)
-        self.x[place], self.y[place], self.z[place] = x, y, z
+        self.x[place], self.y[place], self.z[place] = x, y, torch.cat(z)
         self.live[number % self.reuse] = number
 
 

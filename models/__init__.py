@@ -8,6 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class VariationalDropout(nn.Module):
+    """Dropout of whole channels, x (B, C, ...), with one mask for all evaluations of a solve.
+
+    A mask drawn anew at every evaluation would leave no fixed point to find. Equilibrium.redraw
+    asks for the next mask.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.mask = p, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.mask is None:
+            self.mask = F.dropout(x.new_ones(*x.shape[:2], *[1] * (x.dim() - 2)), self.p)
+        return x * self.mask
+
+
 class Cell(nn.Module):
     """f itself, one evaluation of which is the unit of NFE; the part that the student copies.
 
@@ -59,6 +78,12 @@ class Equilibrium(nn.Module):
     def head(self, z: Tensor) -> Tensor:
         """Task logits of a state, (B, ..., classes); frozen during distillation."""
         raise NotImplementedError
+
+    def redraw(self) -> None:
+        """New dropout masks from the next evaluation on; called before every training solve."""
+        for part in self.modules():
+            if isinstance(part, VariationalDropout):
+                part.mask = None
 
     def project(self) -> None:
         """Puts the weights back where an equilibrium exists; called after every update."""

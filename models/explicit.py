@@ -1,4 +1,8 @@
-r"""Explicit networks: the finite-depth references of Table 3, from PyG's own layers.
+r"""Explicit networks: the finite-depth references of Tables 2 and 3, from well-kept libraries.
+
+Images: torchvision's networks, trained here or with torchvision's own ImageNet weights. It has no
+HRNet; resnet34 is the nearest in size to HRNet-W18 (21 M parameters).
+Graphs: PyG's layers.
 
 GCN (Kipf & Welling, 2017), GAT (Velickovic et al., 2018) and GCNII (Chen et al., 2020), trained by
 OGB's protocol: full graph, batch normalisation, dropout .5; but for the end of a cosine schedule,
@@ -6,7 +10,7 @@ not for the epoch that validated best.
 GPM (Wang et al., 2025) is not here: its pattern tokeniser and sequence model over random walks are
 a project of their own, and no layer library has them.
 
-Shapes as in ignn.py: x (1, N, p) -> logits (1, N, classes).
+Shapes of graphs as in ignn.py: x (1, N, p) -> logits (1, N, classes).
 """
 
 from itertools import pairwise
@@ -14,7 +18,47 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import UsageError
 from models.ignn import Graph
+
+
+class Vision(nn.Module):
+    """A torchvision network: x (B, colors, H, W) -> logits (B, classes)."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def nll(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy, nats: (B,) fp32."""
+        return F.cross_entropy(self(x).float(), y, reduction="none")
+
+
+def vision(settings: dict, classes: int) -> Vision:
+    """The network that settings name by `explicit`, with torchvision's weights if `pretrained`."""
+    from torchvision.models import get_model
+
+    name = settings["explicit"]
+    options = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
+    if name == "googlenet":
+        options["init_weights"] = True
+    if settings["pretrained"]:
+        if classes != 1000:
+            raise UsageError(
+                f"--pretrained: torchvision's weights tell 1000 classes, not {classes}"
+            )
+        options = dict(weights="DEFAULT")
+    else:
+        options |= dict(num_classes=classes)
+    try:
+        return Vision(get_model(name, **options))
+    except ValueError as error:
+        raise UsageError(f"--explicit {name}: torchvision has no such network") from error
+    except OSError as error:
+        raise UsageError(f"--pretrained: {name} cannot be downloaded ({error})") from error
 
 
 class Explicit(nn.Module):

@@ -10,19 +10,49 @@ With one branch there is nothing to fuse and f is the residual block: the single
 
 State: (B, n), all branches flattened channels-last and joined, finest first. A branch is then a
 view (B, H, W, C) for the student's W and t, and a channels-last image for the convolutions.
+
+The imagenet-* and cifar-* presets are those of locuslab/deq's MDEQ-Vision, tensor for tensor, and
+`published` reads its checkpoints. `python -m models.mdeq` lists all presets with their sizes.
 """
 
+import re
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from models import Cell, Equilibrium
+from models import Cell, Equilibrium, VariationalDropout
+
+SMALL, LARGE = (32, 64, 128, 256), (80, 160, 320, 640)
+REFERENCE = dict(expansion=5, groups=8, batch_norm=True, weighted=True)
+IMAGENET = REFERENCE | dict(image=(3, 224, 224), classes=1000, final=2048, downsample=2)
+CIFAR = REFERENCE | dict(image=(3, 32, 32), classes=10, post_affine=False)
 
 PRESETS = {
     # Two branches for 8 x 8 images: small enough that two CPU cores train it in a minute or two.
     "digits": dict(image=(1, 8, 8), classes=10, channels=(16, 32), head=(8, 16), final=128),
     "digits-single": dict(image=(1, 8, 8), classes=10, channels=(24,), head=(16,), final=128),
+    # Three branches of 16, 8 and 4 pixels' side for photographs of 64: a few hours of two CPU cores.
+    "imagenette": dict(
+        image=(3, 64, 64), classes=10, channels=(32, 64, 128), head=(16, 32, 64), final=512,
+        downsample=2, expansion=3, groups=8, batch_norm=True,
+    ),
+    "fashion-mnist": dict(
+        image=(1, 32, 32), classes=10, channels=(16, 32, 64), head=(8, 16, 32), final=256,
+        downsample=1, batch_norm=True,
+    ),
+    "imagenet-small": IMAGENET | dict(channels=SMALL, head=(24, 48, 96, 192)),
+    "imagenet-small-reg": IMAGENET
+    | dict(channels=SMALL, head=(28, 56, 112, 224), dropout=0.02, post_affine=False),
+    "imagenet-large": IMAGENET | dict(channels=LARGE, head=(32, 64, 128, 256)),
+    "imagenet-xl": IMAGENET
+    | dict(channels=(88, 176, 352, 704), head=(32, 64, 128, 256), expansion=6),
+    "imagenet-single": IMAGENET | dict(channels=(384,), head=(112,), downsample=3),
+    "cifar-large": CIFAR | dict(channels=SMALL, head=(14, 28, 56, 112), final=1680, dropout=0.3),
+    "cifar-tiny": CIFAR
+    | dict(channels=(24, 24), head=(8, 16), final=200, dropout=0.25, entry=False),
 }
 
 
@@ -35,14 +65,17 @@ def conv(c_in: int, c_out: int, size: int, stride: int = 1, bias: bool = False) 
 class Block(nn.Module):
     """The residual block of one branch, the only place where the input enters."""
 
-    def __init__(self, C: int, expansion: int, groups: int):
+    def __init__(self, C: int, expansion: int, groups: int, dropout: float, weighted: bool):
         super().__init__()
         self.conv1, self.norm1 = conv(C, expansion * C, 3), nn.GroupNorm(groups, expansion * C)
         self.conv2, self.norm2 = conv(expansion * C, C, 3), nn.GroupNorm(groups, C)
         self.norm3 = nn.GroupNorm(groups, C)
+        self.drop = VariationalDropout(dropout)
+        if weighted:
+            weight_norm(self.conv1), weight_norm(self.conv2)
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
-        y = self.conv2(self.norm1(self.conv1(z)).relu())
+        y = self.drop(self.conv2(self.norm1(self.conv1(z)).relu()))
         y = self.norm2(y if u is None else y + u)
         return self.norm3((y + z).relu())
 
@@ -64,26 +97,39 @@ def transfer(channels: tuple[int, ...], j: int, i: int, groups: int) -> nn.Modul
 
 
 class MDEQCell(Cell):
-    """f of the multiscale DEQ; u (B, C_0, H, W) is injected into branch 0 alone."""
+    """f of the multiscale DEQ; u (B, C_0, H, W) is injected into branch 0 alone.
+
+    size: (H, W) of branch 0. The other arguments are those of MDEQ.
+    """
 
     def __init__(
-        self, size: tuple[int, int], channels: tuple[int, ...], expansion: int, groups: int
+        self,
+        size: tuple[int, int],
+        channels: tuple[int, ...],
+        expansion: int,
+        groups: int,
+        dropout: float = 0.0,
+        post_affine: bool = True,
+        weighted: bool = False,
     ):
         super().__init__()
         self.channels = channels
         self.shapes = [(size[0] >> i, size[1] >> i, C) for i, C in enumerate(channels)]
         self.sizes = [H * W * C for H, W, C in self.shapes]
-        self.blocks = nn.ModuleList(Block(C, expansion, groups) for C in channels)
+        self.blocks = nn.ModuleList(
+            Block(C, expansion, groups, dropout, weighted) for C in channels
+        )
         branches = range(len(channels)) if len(channels) > 1 else ()
         self.fuse = nn.ModuleList(
             nn.ModuleList(transfer(channels, j, i, groups) for j in branches) for i in branches
         )
         self.post = nn.ModuleList(
-            nn.Sequential(
-                nn.ReLU(), conv(channels[i], channels[i], 1), nn.GroupNorm(4, channels[i])
-            )
-            for i in branches
+            nn.Sequential(nn.ReLU(), conv(C, C, 1), nn.GroupNorm(4, C, affine=post_affine))
+            for C in channels[: len(branches)]
         )
+        if weighted:
+            for post in self.post:
+                weight_norm(post[1])
 
     def features(self, z: Tensor) -> list[Tensor]:
         parts = z.split(self.sizes, dim=1)
@@ -107,7 +153,7 @@ class MDEQCell(Cell):
 
 
 class Stem(nn.Sequential):
-    """The injection: (B, colors, H, W) -> u (B, C_0, H, W)."""
+    """The injection: (B, colors, H, W) -> u (B, C_0, H, W), each side halved `downsample` times."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.contiguous(memory_format=torch.channels_last))
@@ -116,17 +162,14 @@ class Stem(nn.Sequential):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 (four times as wide), with a projected shortcut: the head of one branch."""
 
-    def __init__(self, c_in: int, c: int, groups: int):
+    def __init__(self, c_in: int, c: int, norm: Callable[..., nn.Module], affine: bool):
         super().__init__()
-
-        def norm(width: int) -> nn.Module:
-            return nn.GroupNorm(groups, width, affine=False)
-
         self.body = nn.Sequential(
-            *(conv(c_in, c, 1), norm(c), nn.ReLU(), conv(c, c, 3), norm(c), nn.ReLU()),
-            *(conv(c, 4 * c, 1), norm(4 * c)),
+            *(conv(c_in, c, 1), norm(c, False), nn.ReLU()),
+            *(conv(c, c, 3), norm(c, False), nn.ReLU()),
+            *(conv(c, 4 * c, 1), norm(4 * c, False)),
         )
-        self.shortcut = nn.Sequential(conv(c_in, 4 * c, 1), norm(4 * c))
+        self.shortcut = nn.Sequential(conv(c_in, 4 * c, 1), norm(4 * c, affine))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.body(x) + self.shortcut(x)).relu()
@@ -136,8 +179,10 @@ class MDEQ(Equilibrium):
     """Stem and injection, the multiscale cell, and a head that merges branches fine to coarse.
 
     image: (channels, height, width) of x; channels: width of each branch; head: bottleneck width
-    of each branch; final: width before the classifier. Raises ValueError where an image side
-    cannot be halved once per further branch.
+    of each branch; final: width before the classifier; downsample: how often the stem halves the
+    image; entry: a 1x1 convolution at its end; batch_norm: in stem and head, else GroupNorm;
+    weighted: weight normalisation of f's convolutions but those that change resolution.
+    Raises ValueError where an image side cannot be halved as often as stem and branches do.
     """
 
     def __init__(
@@ -149,27 +194,43 @@ class MDEQ(Equilibrium):
         final: int,
         expansion: int = 4,
         groups: int = 4,
+        downsample: int = 0,
+        entry: bool = True,
+        dropout: float = 0.0,
+        post_affine: bool = True,
+        batch_norm: bool = False,
+        weighted: bool = False,
     ):
         super().__init__()
-        colors, *size = image
-        unit = 2 ** (len(channels) - 1)
-        if any(side % unit for side in size):
-            raise ValueError(f"{len(channels)} branches need sides divisible by {unit}, got {size}")
+        colors, *sides = image
+        unit = 2 ** (len(channels) - 1 + downsample)
+        if any(side % unit for side in sides):
+            raise ValueError(
+                f"{len(channels)} branches after {downsample} halvings need image sides divisible "
+                f"by {unit}, got {sides[0]} x {sides[1]}"
+            )
+
+        def norm(width: int, affine: bool = True) -> nn.Module:
+            if batch_norm:
+                return nn.BatchNorm2d(width, affine=affine)
+            return nn.GroupNorm(groups, width, affine=affine)
+
         C, widths = channels[0], [4 * c for c in head]
-        self.injection = Stem(
-            *(conv(colors, C, 3), nn.GroupNorm(groups, C), nn.ReLU()),
-            *(conv(C, C, 3), nn.GroupNorm(groups, C), nn.ReLU()),
-            *(conv(C, C, 1), nn.GroupNorm(groups, C), nn.ReLU()),
+        stem: list[nn.Module] = []
+        for i in range(max(2, downsample)):
+            stem += conv(C if i else colors, C, 3, 2 if i < downsample else 1), norm(C), nn.ReLU()
+        self.injection = Stem(*stem, *((conv(C, C, 1), norm(C), nn.ReLU()) if entry else ()))
+        size = sides[0] >> downsample, sides[1] >> downsample
+        self.cell = MDEQCell(size, channels, expansion, groups, dropout, post_affine, weighted)
+        self.increase = nn.ModuleList(
+            Bottleneck(c_in, c, norm, batch_norm) for c_in, c in zip(channels, head, strict=True)
         )
-        self.cell = MDEQCell((size[0], size[1]), channels, expansion, groups)
-        pairs = zip(channels, head, strict=True)
-        self.increase = nn.ModuleList(Bottleneck(c_in, c, groups) for c_in, c in pairs)
         self.down = nn.ModuleList(
-            nn.Sequential(conv(a, b, 3, 2, bias=True), nn.GroupNorm(groups, b), nn.ReLU())
+            nn.Sequential(conv(a, b, 3, 2, bias=True), norm(b), nn.ReLU())
             for a, b in pairwise(widths)
         )
         self.last = nn.Sequential(
-            *(conv(widths[-1], final, 1, bias=True), nn.GroupNorm(groups, final), nn.ReLU()),
+            *(conv(widths[-1], final, 1, bias=True), norm(final), nn.ReLU()),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(final, classes)),
         )
 
@@ -183,3 +244,64 @@ class MDEQ(Equilibrium):
             branch = self.increase[i](v.permute(0, 3, 1, 2))
             y = branch if y is None else branch + self.down[i - 1](y)
         return self.last(y)
+
+
+# Names of locuslab/deq's MDEQ-Vision and ours, applied in this order.
+NAMES = (
+    (r"^module\.", ""),  # DataParallel
+    (r"weight_g$", "parametrizations.weight.original0"),
+    (r"weight_v$", "parametrizations.weight.original1"),
+    (r"^downsample\.", "injection."),
+    (r"^stage0\.(\d)", lambda m: f"injection.{6 + int(m[1])}"),
+    (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"cell.blocks.\1."),
+    (r"\.gn(\d)\.", r".norm\1."),
+    (r"^fullstage\.fuse_layers\.", "cell.fuse."),
+    (r"\.net\.(\d+)\.conv", lambda m: f".{3 * int(m[1])}"),
+    (r"\.net\.(\d+)\.gnorm", lambda m: f".{3 * int(m[1]) + 1}"),
+    (r"\.net\.conv", ".0"),
+    (r"\.net\.gnorm", ".1"),
+    (r"^fullstage\.post_fuse_layers\.(\d+)\.conv", r"cell.post.\1.1"),
+    (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm", r"cell.post.\1.2"),
+    (r"^incre_modules\.(\d+)\.0\.downsample", r"increase.\1.shortcut"),
+    (r"^incre_modules\.(\d+)\.0\.conv(\d)", lambda m: f"increase.{m[1]}.body.{3 * int(m[2]) - 3}"),
+    (r"^incre_modules\.(\d+)\.0\.bn(\d)", lambda m: f"increase.{m[1]}.body.{3 * int(m[2]) - 2}"),
+    (r"^downsamp_modules\.", "down."),
+    (r"^final_layer\.", "last."),
+    (r"^classifier\.", "last.5."),
+)
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of locuslab/deq's MDEQ-Vision under the names of MDEQ; others stay as they are,
+    so that whoever loads the result sees them."""
+    renamed = {}
+    for name, value in state.items():
+        for pattern, ours in NAMES:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = value
+    return renamed
+
+
+def sizes(preset: str) -> dict[str, int]:
+    """Parameters, those of f, numbers of a state, and FLOPs of one f on one image (multiply and
+    add count as two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = MDEQ(**PRESETS[preset]).eval()
+    u = net.inject(torch.zeros(1, *PRESETS[preset]["image"]))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.f(net.initial(u), u)
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "f": sum(p.numel() for p in net.cell.parameters()),
+        "state": sum(net.cell.sizes),
+        "flops": counter.get_total_flops(),
+    }
+
+
+if __name__ == "__main__":
+    print(f"{'preset':20}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP per f':>14}")
+    for name in PRESETS:
+        row = sizes(name)
+        numbers = f"{row['parameters']:14,}{row['f']:14,}{row['state']:10,}"
+        print(f"{name:20}{numbers}{row['flops'] / 1e9:14.3f}")

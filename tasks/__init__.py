@@ -4,7 +4,8 @@ Training uses the train split, every choice the validation split, every reported
 split; nothing else in the project knows where data comes from.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,19 +44,24 @@ class Split:
                 views.append(self.augment(image))
         return torch.stack(views), y
 
+    def stream(self, batches: Iterable[tuple], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """`batch` of each (rows, seeds), in order; read ahead by so many processes where reading
+        takes time, which here it does not."""
+        return (self.batch(*batch) for batch in batches)
+
 
 @dataclass(frozen=True)
 class Task:
     """A data set with its network and metric.
 
-    score(logits, y): the metric's summand for each sample, (B,). read(path): a user's own file as
-    one input (1, ...). network(settings): the teacher that a dict of settings asks for by `preset`
-    and `options`, the settings besides it that this network knows. defaults: settings that suit
-    the task. nfes: columns of
-    its tables. note: said in every table. margin: within it, a metric counts as equal to the
-    teacher's. decays: candidates for the base of the inference schedule. explicit(name): a
-    reference network of finite depth; references: those that the tables have; unmeasured: those
-    whose rows stay empty; rivals: presets whose solvers have rows of their own.
+    score(logits, y): the metric's summand for each sample, (B,); further: more of them by name,
+    reported beside it. read(path): a user's own file as one input (1, ...). network(settings): the
+    teacher that a dict of settings asks for by `preset` and `options`, the settings besides it that
+    this network knows. defaults: settings that suit the task. nfes: columns of its tables. note:
+    said in every table. margin: within it, a metric counts as equal to the teacher's. decays:
+    candidates for the base of the inference schedule. explicit(settings): the reference network of
+    finite depth that they ask for; references: those that the tables have; unmeasured: those whose
+    rows stay empty; rivals: presets whose solvers have rows of their own.
     """
 
     name: str
@@ -69,13 +75,14 @@ class Task:
     score: Callable[[Tensor, Tensor], Tensor]
     read: Callable[[Path], Tensor]
     classes: tuple[str, ...]
+    further: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     defaults: dict = field(default_factory=dict)
     options: tuple[str, ...] = ()
     nfes: tuple[int, ...] = (1, 2, 3, 4, 8, 16)
     note: str = ""
     margin: float = 0.5
     decays: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
-    explicit: Callable[[str], nn.Module] | None = None
+    explicit: Callable[[dict], nn.Module] | None = None
     references: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
@@ -90,7 +97,12 @@ def positions(n: int, first: int, count: int, seed: int) -> tuple[Tensor, int]:
     wanted = torch.arange(first, first + count)
     rows = torch.empty(count, dtype=torch.long)
     for epoch in wanted.div(n, rounding_mode="floor").unique().tolist():
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         here = wanted.div(n, rounding_mode="floor") == epoch
-        rows[here] = order[wanted[here] % n]
+        rows[here] = shuffled(n, seed * 1_000_003 + epoch)[wanted[here] % n]
     return rows, first // n
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n: int, seed: int) -> Tensor:
+    """A permutation of range(n)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

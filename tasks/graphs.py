@@ -138,7 +138,10 @@ def node_task(
         chosen |= {key: settings[key] for key in ("kappa", "dropout")}
         return IGNN(adjacency(chosen.pop("norm", "sym")), x.shape[2], classes, **chosen)
 
-    def explicit(kind: str):
+    def explicit(settings: dict):
+        kind = settings["explicit"]
+        if kind not in EXPLICIT:
+            raise UsageError(f"--explicit {kind}: allowed is {' | '.join(EXPLICIT)}")
         return EXPLICIT[kind](adjacency("sym"), x.shape[2], classes)
 
     def read(path: Path) -> Tensor:

@@ -2,8 +2,16 @@
 
 `digits`: the 1,797 real handwritten digits of 8 x 8 pixels that come with scikit-learn (Alpaydin &
 Kaynak, 1998): 1,097 to train, 200 to validate, 500 to test, stratified, the same in every run.
+`imagenet`, and `imagenette` at 64 pixels: --data DIR with train/ and val/, a folder per class in
+each, or torchvision's ImageNet archives. `cifar10`, `fashion-mnist`: torchvision's, downloaded on
+first use. Of these, val/ or the test part is the test split; of the training part a tenth, 10,000
+pictures at most, is held out to validate, the same in every run.
 """
 
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,13 +19,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import UsageError
+from models.explicit import vision
 from models.mdeq import MDEQ, PRESETS
 from tasks import Split, Task
 
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+FASHION = dict(mean=(0.2860,), std=(0.3530,))
+REFERENCES = ("alexnet", "googlenet", "resnet34")  # the nearest to HRNet-W18's 21 M parameters
 
-def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """100 where the likeliest class is right, else 0: the mean is per cent."""
-    return 100.0 * (logits.argmax(1) == y).float()
+
+def accuracy(logits: Tensor, y: Tensor, k: int = 1) -> Tensor:
+    """100 where the right class is among the k likeliest, else 0: the mean is per cent."""
+    return 100.0 * (logits.topk(k, dim=1).indices == y[:, None]).any(1).float()
+
+
+def image_task(name: str, train, valid, test, classes: tuple[str, ...], **more) -> Task:
+    """A classification task whose networks are the MDEQ presets that begin with its name."""
+    family = more.pop("family", name)
+    presets = tuple(preset for preset in PRESETS if preset.startswith(family))
+    size, read = more.pop("size", None), more.pop("read")
+
+    def network(settings: dict) -> MDEQ:
+        chosen = dict(PRESETS[settings["preset"]])
+        if size:
+            chosen["image"] = (chosen["image"][0], size, size)
+        try:
+            return MDEQ(**chosen)
+        except ValueError as error:
+            raise UsageError(
+                f"--preset {settings['preset']} --image_size {size}: {error}"
+            ) from error
+
+    return Task(
+        name=name,
+        metric="accuracy",
+        higher_is_better=True,
+        train=train,
+        valid=valid,
+        test=test,
+        network=network,
+        presets=presets,
+        score=accuracy,
+        read=read,
+        classes=classes,
+        **more,
+    )
 
 
 def digits(data: Path) -> Task:
@@ -40,38 +87,252 @@ def digits(data: Path) -> Task:
         interpolation=v2.InterpolationMode.BILINEAR,
         fill=-1,
     )
-    presets = tuple(name for name in PRESETS if name.startswith("digits"))
-    return Task(
-        name="digits",
-        metric="accuracy",
-        higher_is_better=True,
-        train=Split(x[train], y[train], jitter),
-        valid=Split(x[valid], y[valid]),
-        test=Split(x[test], y[test]),
-        network=lambda settings: MDEQ(**PRESETS[settings["preset"]]),
-        presets=presets,
-        score=accuracy,
-        read=read_digit,
-        classes=tuple("0123456789"),
-    )
+    parts = Split(x[train], y[train], jitter), Split(x[valid], y[valid]), Split(x[test], y[test])
+    return image_task("digits", *parts, tuple("0123456789"), read=read_digit)
 
 
-def read_digit(path: Path) -> Tensor:
-    """An image file with one digit as an input (1, 1, 8, 8); dark on light is inverted."""
+def picture(path: Path, mode: str):
+    """A user's image file as PIL sees it; UsageError where it is none."""
     from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms import v2
 
     try:
-        picture = Image.open(path).convert("L")
+        return Image.open(path).convert(mode)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except (UnidentifiedImageError, OSError) as error:
         raise UsageError(f"{path} is not a readable image (PNG, JPEG, BMP, ...)") from error
-    gray = v2.functional.to_dtype(v2.functional.to_image(picture), torch.float32, scale=True)
+
+
+def read_digit(path: Path) -> Tensor:
+    """An image file with one digit as an input (1, 1, 8, 8); dark on light is inverted."""
+    from torchvision.transforms.v2 import functional
+
+    gray = functional.to_dtype(functional.to_image(picture(path, "L")), torch.float32, scale=True)
     border = torch.cat([gray[0, 0], gray[0, -1], gray[0, :, 0], gray[0, :, -1]])
     ink = 1 - gray if border.mean() > 0.5 else gray  # the training images are light ink on dark
-    square = v2.functional.center_crop(ink, [max(ink.shape)] * 2)  # pads the shorter side
+    square = functional.center_crop(ink, [max(ink.shape)] * 2)  # pads the shorter side
     return F.adaptive_avg_pool2d(square, 8)[None] * 2 - 1  # ink per pixel, as the data was made
 
 
-TASKS = {"digits": digits}
+@dataclass
+class Pictures:
+    """A split of pictures that are decoded when asked for; the interface is Split's.
+
+    dataset: torchvision's, dataset[i] -> (PIL image, class); rows: those of its entries that belong
+    to the split; plain, augment: transforms to a tensor. unreadable: "refuse" ends the run at a
+    damaged file; "skip" counts it and, in training, takes the next one in its place.
+    """
+
+    dataset: object
+    rows: Tensor
+    plain: Callable
+    augment: Callable | None = None
+    unreadable: str = "refuse"
+    skipped: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int | None]):
+        """(x, class) of one row, augmented from its seed if there is one; instead of either, the
+        name and the error of a file that cannot be read."""
+        row, seed = key
+        number = int(self.rows[row])
+        try:
+            image, label = self.dataset[number]
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL makes of damaged files
+            return f"{self.dataset.samples[number][0]} is not a readable image ({error})", row
+        if seed is None or self.augment is None:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.augment(image), label
+
+    def collate(self, samples: list[tuple]) -> tuple[Tensor, Tensor, list[str]]:
+        """x, y and the complaints about what could not be read."""
+        complaints = [first for first, _ in samples if isinstance(first, str)]
+        for i, (first, row) in enumerate(samples):
+            tries = 0
+            while isinstance(first, str) and self.augment is not None and tries < 100:
+                row, tries = (row + 1) % len(self), tries + 1
+                first, label = self[row, None]
+                samples[i] = first, label
+        good = [sample for sample in samples if not isinstance(sample[0], str)]
+        if not good:
+            return torch.empty(0), torch.empty(0, dtype=torch.long), complaints
+        x, y = zip(*good, strict=True)
+        return torch.stack(x), torch.tensor(y), complaints
+
+    def report(self, complaints: list[str]) -> None:
+        for complaint in complaints:
+            if self.unreadable == "refuse":
+                raise UsageError(f"{complaint}: mend or remove it, or go on by --unreadable skip")
+            if complaint not in self.skipped:
+                self.skipped.add(complaint)
+                print(f"{complaint}: skipped, {len(self.skipped)} so far", file=sys.stderr)
+
+    def batch(self, rows: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        keys = keys_of(rows, seeds)
+        x, y, complaints = self.collate([self[key] for key in keys])
+        self.report(complaints)
+        return x, y
+
+    def stream(self, batches: Iterable[tuple], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=(keys_of(*batch) for batch in batches),
+            num_workers=workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for x, y, complaints in loader:
+            self.report(complaints)
+            yield x, y
+
+
+def keys_of(rows: Tensor, seeds: Tensor | None = None) -> list[tuple[int, int | None]]:
+    return list(
+        zip(rows.tolist(), [None] * len(rows) if seeds is None else seeds.tolist(), strict=True)
+    )
+
+
+def pictures(train, test, plain, augment, unreadable: str = "refuse") -> list[Pictures]:
+    """Train, validation and test split of two torchvision data sets."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held = min(10_000, max(1, len(train) // 10))
+    return [
+        Pictures(train, order[held:], plain, augment, unreadable),
+        Pictures(train, order[:held], plain, None, unreadable),
+        Pictures(test, torch.arange(len(test)), plain, None, unreadable),
+    ]
+
+
+def to_tensor(statistics: dict, *transforms):
+    """These transforms of a PIL image, then a normalised tensor."""
+    from torchvision.transforms import v2
+
+    end = v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**statistics)
+    return v2.Compose([*transforms, *end])
+
+
+def folders(data: Path, name: str) -> list:
+    """torchvision data sets of the train and val folders at `data` or in data/NAME."""
+    from torchvision.datasets import ImageFolder, ImageNet
+
+    root = next((r for r in (data / name, data) if (r / "train").is_dir()), data)
+    if (root / "ILSVRC2012_devkit_t12.tar.gz").exists():  # unpacks the archives on first use
+        return [ImageNet(str(root), split) for split in ("train", "val")]
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise UsageError(
+                f"--data {data}: need train/ and val/ there or in {name}/, each with a folder of "
+                f"images per class; {root / part} is missing"
+            )
+    try:
+        train, test = (ImageFolder(str(root / part)) for part in ("train", "val"))
+    except FileNotFoundError as error:
+        raise UsageError(f"--data {root}: {error}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UsageError(
+            f"--data {root}: train/ and val/ need the same class folders, {len(odd)} are in one "
+            f"alone: {', '.join(odd[:5])}"
+        )
+    return [train, test]
+
+
+def photographs(
+    name: str, data: Path, image_size: int, unreadable: str, defaults: dict, **more
+) -> Task:
+    """A task of ImageNet's kind: random resized crops, or the centre of a slightly larger image."""
+    from torchvision.transforms import v2
+
+    train, test = folders(data, more.pop("folder", name))
+    plain = to_tensor(IMAGENET, v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size))
+    crop = v2.RandomResizedCrop(image_size, scale=more.pop("scale", (0.08, 1.0)))
+    augment = to_tensor(IMAGENET, crop, v2.RandomHorizontalFlip())
+    classes = tuple(train.classes)
+    return image_task(
+        name,
+        *pictures(train, test, plain, augment, unreadable),
+        classes,
+        read=lambda path: plain(picture(path, "RGB"))[None],
+        size=image_size,
+        further={"top5": functools.partial(accuracy, k=5)} if len(classes) > 5 else {},
+        nfes=(1, 2, 4, 8, 16, 26),
+        defaults=defaults,
+        explicit=functools.partial(vision, classes=len(classes)),
+        references=REFERENCES,
+        **more,
+    )
+
+
+def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> Task:
+    """The schedule of the reference, half of it unrolled, at eight GPUs' batch."""
+    defaults = dict(
+        batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
+        teacher_steps=250_000, pretrain=125_000, pretrain_layers=5, solver_steps=18, phantom=3,
+        jac_prob=0.08, K=26, student_steps=100_000, student_lr=1e-3, cache_dtype="bf16",
+        chunk=64, save_every=1000, log_every=100, explicit_steps=250_000,
+    )  # fmt: skip
+    return photographs("imagenet", data, image_size, unreadable, defaults)
+
+
+def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> Task:
+    """Ten classes of ImageNet, for one GPU or a few hours of a CPU."""
+    defaults = dict(batch=64, K=20)
+    return photographs(
+        "imagenette", data, image_size, unreadable, defaults, folder="imagenette-64",
+        scale=(0.35, 1.0),
+    )  # fmt: skip
+
+
+def downloaded(name: str, cls: str, data: Path, statistics: dict, side: int, **more) -> Task:
+    """A task of one of torchvision's small data sets: random crops of a padded image."""
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    try:
+        kind = getattr(datasets, cls)
+        train, test = (kind(str(data), train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:  # no network, or damaged files
+        raise UsageError(
+            f"{name} is not in {data} and cannot be downloaded ({error}); put the files of "
+            f"torchvision's {cls} there by hand"
+        ) from error
+    mode = "RGB" if len(statistics["mean"]) == 3 else "L"
+    plain = to_tensor(statistics, v2.Resize((side, side)))
+    crop = v2.RandomCrop(side, padding=side // 8)
+    augment = to_tensor(statistics, v2.Resize((side, side)), crop, v2.RandomHorizontalFlip())
+    return image_task(
+        name,
+        *pictures(train, test, plain, augment),
+        tuple(train.classes),
+        read=lambda path: plain(picture(path, mode))[None],
+        explicit=functools.partial(vision, classes=len(train.classes)),
+        references=("resnet18",),
+        **more,
+    )
+
+
+def cifar10(data: Path) -> Task:
+    defaults = dict(
+        batch=96, teacher_steps=100_000, teacher_lr=1e-3, teacher_decay=0.0, pretrain=20_000,
+        pretrain_layers=10, solver_steps=8, jac_weight=0.4, jac_prob=0.05, student_steps=20_000,
+        student_lr=1e-3, save_every=500, log_every=100,
+    )  # fmt: skip
+    return downloaded("cifar10", "CIFAR10", data, CIFAR, 32, family="cifar", defaults=defaults)
+
+
+def fashion(data: Path) -> Task:
+    defaults = dict(batch=96, teacher_steps=5_000, student_steps=2_000, pretrain=1_000)
+    return downloaded("fashion-mnist", "FashionMNIST", data, FASHION, 32, defaults=defaults)
+
+
+TASKS = {
+    "digits": digits,
+    "imagenet": imagenet,
+    "imagenette": imagenette,
+    "cifar10": cifar10,
+    "fashion-mnist": fashion,
+}

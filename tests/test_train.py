@@ -171,10 +171,10 @@ def test_k_is_drawn_as_each_recipe_says(tmp_path):
     """Alg. 2, l. 3: 1 .. K; the default recipe: 0 .. K - 1 with k = 0 oversampled."""
     generator = torch.Generator().manual_seed(0)
     paper, _ = parse(["--recipe=paper", "--batch=20000"])
-    k = train.draw_steps(paper, generator)
+    k = train.draw_steps(paper, paper.batch, generator)
     assert (k.min(), k.max()) == (1, paper.K)
     ours, _ = parse(["--batch=20000"])
-    k = train.draw_steps(ours, generator)
+    k = train.draw_steps(ours, ours.batch, generator)
     assert (k.min(), k.max()) == (0, ours.K - 1)
     assert (k == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
@@ -330,7 +330,7 @@ def test_the_task_loss_weighs_one_on_average():
     """App. B.4: early steps only, whatever their share of the draws."""
     for flags in ([], ["--k0", "0"], ["--early", "0.1"]):
         config, _ = parse(["--task=digits", "--batch=100000", *flags])
-        k = train.draw_steps(config, torch.Generator().manual_seed(0))
+        k = train.draw_steps(config, config.batch, torch.Generator().manual_seed(0))
         weights = train.task_weights(config, k)
         assert weights.mean().item() == pytest.approx(1, abs=0.03)
         assert (weights[k > config.early * config.K] == 0).all()
