@@ -84,7 +84,7 @@ class Trainer:
     def bind(self, path: Path, saved: dict, *groups: str) -> None:
         """UsageError where a checkpoint was made with other values in these groups."""
         for field in dataclasses.fields(Config):
-            old, new = saved.get(field.name), getattr(self.config, field.name)
+            old, new = saved.get(field.name, field.default), getattr(self.config, field.name)
             if field.metadata["group"] in groups and old != new:
                 raise UsageError(
                     f"{path} was made with --{field.name} {old}, not {new}; "

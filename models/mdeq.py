@@ -34,14 +34,26 @@ PRESETS = {
     # Two branches for 8 x 8 images: small enough that two CPU cores train it in a minute or two.
     "digits": dict(image=(1, 8, 8), classes=10, channels=(16, 32), head=(8, 16), final=128),
     "digits-single": dict(image=(1, 8, 8), classes=10, channels=(24,), head=(16,), final=128),
-    # Three branches of 16, 8 and 4 pixels' side for photographs of 64: a few hours of two CPU cores.
-    "imagenette": dict(
-        image=(3, 64, 64), classes=10, channels=(32, 64, 128), head=(16, 32, 64), final=512,
-        downsample=2, expansion=3, groups=8, batch_norm=True,
+    # Three branches, 16, 8 and 4 pixels wide, for photographs of 64: an hour of two CPU cores.
+    "imagenette": REFERENCE
+    | dict(
+        image=(3, 64, 64),
+        classes=10,
+        channels=(32, 64, 128),
+        head=(16, 32, 64),
+        final=512,
+        downsample=2,
+        expansion=3,
+        weighted=False,
     ),
     "fashion-mnist": dict(
-        image=(1, 32, 32), classes=10, channels=(16, 32, 64), head=(8, 16, 32), final=256,
-        downsample=1, batch_norm=True,
+        image=(1, 32, 32),
+        classes=10,
+        channels=(16, 32, 64),
+        head=(8, 16, 32),
+        final=256,
+        downsample=1,
+        batch_norm=True,
     ),
     "imagenet-small": IMAGENET | dict(channels=SMALL, head=(24, 48, 96, 192)),
     "imagenet-small-reg": IMAGENET
