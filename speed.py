@@ -4,8 +4,9 @@ r"""Speed as ratios, side by side in one run, with the floor of each hot path be
 
 What is measured: a step of Anderson acceleration against torchdeq's and against the passes over
 memory that it makes; the states that its window holds; a step of the student against a bare
-evaluation of f; IGNN's f on random graphs of 10^4 to 10^7 edges, and on ogbn-arxiv where that is at
-hand, against the bare sparse and the bare dense product; and the memory of a run on ogbn-arxiv.
+evaluation of f, on digits and on MDEQ for ImageNet, and that f against a matrix product; IGNN's f
+on random graphs of 10^4 to 10^7 edges, and on ogbn-arxiv where that is at hand, against the bare
+sparse and the bare dense product; and the memory of answers and of a run on ogbn-arxiv.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import compare
 import infer
@@ -26,6 +28,7 @@ from checkpoint import atomic, plain_errors, provenance, versions
 from compare import interleaved
 from config import TASKS, command_line
 from infer import cdeq
+from models import Equilibrium
 
 
 def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> dict:
@@ -66,15 +69,15 @@ def window_memory(m: int = 6, n: int = 8_000_000) -> float:
 
 
 @torch.no_grad()
-def student_overhead(batch: int = 128, repeats: int = 800) -> list[dict]:
+def student_overhead(net: Equilibrium, x: Tensor, repeats: int) -> list[dict]:
     """J-step inference against J bare evaluations of f: the ratio of their seconds."""
-    task = TASKS["digits"](Path("data"))
-    net = task.network({"preset": task.presets[0]}).eval()
     config = dict(K=20, eps=0.002, T=5.0, gamma=1.0, aa=True, alpha_grad=False)
+    config |= dict(own_injection=False, first=False)
     student = infer.build_student(net, config, rho=0.19).eval()
-    u = net.inject(task.train.batch(torch.arange(batch))[0])
+    u = net.inject(x)
     z0 = net.initial(u)
 
+    @parametrize.cached()  # as the student, which has its weights folded
     def bare(J: int) -> Tensor:
         z = z0
         for _ in range(J):
@@ -84,11 +87,67 @@ def student_overhead(batch: int = 128, repeats: int = 800) -> list[dict]:
     rows = []
     for J in (1, 2, 8):
         jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
-        spent = interleaved(jobs, repeats // J + 20, z0.device, warmup=100 // J)
+        warmup = 1 + min(100, repeats // 8) // J
+        spent = interleaved(jobs, max(5, repeats // J), z0.device, warmup=warmup)
         ratio = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
         medians = {key: statistics.median(times) for key, times in spent.items()}
-        rows.append({"J": J, "batch": batch, "seconds": medians, "ratio": ratio})
+        rows.append({"J": J, "batch": len(x), "seconds": medians, "ratio": ratio})
     return rows
+
+
+def digits_step() -> list[dict]:
+    """`student_overhead` on the default task."""
+    task = TASKS["digits"](Path("data"))
+    net = task.network({"preset": task.presets[0]}).eval()
+    return student_overhead(net, task.train.batch(torch.arange(128))[0], 800)
+
+
+@torch.no_grad()
+def imagenet_step(preset: str = "imagenet-small", batch: int = 4) -> dict:
+    """At 224 x 224: `student_overhead`; FLOPs a second of f as a share of a matrix product's; and
+    the most bytes that one answer takes by NFE, its network and input included."""
+    from models.mdeq import MDEQ, PRESETS, sizes
+
+    torch.manual_seed(0)
+    net, x = MDEQ(**PRESETS[preset]).eval(), torch.randn(batch, 3, 224, 224)
+    rows = student_overhead(net, x, 16)
+    A = torch.randn(2048, 2048)
+    product = statistics.median(interleaved({"": lambda: A @ A}, 9, A.device)[""])
+    share = sizes(preset)["flops"] * batch / rows[0]["seconds"]["f"] / (2 * 2048**3 / product)
+    code = "import speed; print(speed.answer_peak({!r}, {}, {}))"
+    peaks = {nfe: float(fresh(code.format(preset, batch, nfe))) for nfe in (1, 2, 26)}
+    return {
+        "preset": preset,
+        "student_step": rows,
+        "matmul_share": share,
+        "answer_peak_bytes": peaks,
+    }
+
+
+@torch.no_grad()
+def answer_peak(preset: str, batch: int, nfe: int) -> int:
+    """Peak memory in bytes of a process that answers once, from images to logits."""
+    from models.mdeq import MDEQ, PRESETS
+
+    net, x = MDEQ(**PRESETS[preset]).eval(), torch.randn(batch, 3, 224, 224)
+    config = dict(K=20, eps=0.002, T=5.0, gamma=1.0, aa=True, alpha_grad=False)
+    student = infer.build_student(net, config | dict(own_injection=False, first=False), 0.19)
+
+    def job() -> None:
+        u = student.inject(x)
+        net.head(cdeq(student.eval(), net.initial(u), u, nfe, 0.8, True))
+
+    job()
+    return compare.peak_memory(job, x.device)
+
+
+def fresh(code: str) -> str:
+    """What this code prints in a process of its own."""
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
 
 
 @torch.no_grad()
@@ -168,12 +227,11 @@ def scaling_figure(rows: list[dict], path: Path) -> None:
 def speed(data: Path) -> dict:
     """Everything that speed.json holds."""
     torch.set_num_threads(2)
-    here = str(Path(__file__).parent)
-    code = "import speed; print(speed.window_memory())"
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
-    result["window_memory_states"] = {"m": 6, "states": float(fresh.stdout)}
-    result["student_step"] = student_overhead()
+    states = float(fresh("import speed; print(speed.window_memory())"))
+    result["window_memory_states"] = {"m": 6, "states": states}
+    result["student_step"] = digits_step()
+    result["imagenet"] = imagenet_step()
     result["graph_scaling"] = graph_scaling()
     result["arxiv"] = arxiv(data)
     try:

@@ -1,0 +1,146 @@
+"""Pictures from files: decoded when asked for, by torchvision and torch's DataLoader.
+
+`Pictures` has the interface of tasks.Split, so that training, stores and evaluation do not know the
+difference. A random view is a function of its own seed: the same on any number of ranks, in any
+worker process, after any restart.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import UsageError
+
+
+@dataclass
+class Pictures:
+    """A split of pictures that are decoded when asked for; the interface is Split's.
+
+    dataset: torchvision's, dataset[i] -> (PIL image, class); rows: those of its entries that belong
+    to the split; plain, augment: transforms to a tensor. unreadable: "refuse" ends the run at a
+    damaged file; "skip" counts it and, in training, takes the next one in its place.
+    """
+
+    dataset: object
+    rows: Tensor
+    plain: Callable
+    augment: Callable | None = None
+    unreadable: str = "refuse"
+    skipped: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int | None]):
+        """(x, class) of one row, augmented from its seed if there is one; instead of either, the
+        name and the error of a file that cannot be read."""
+        row, seed = key
+        number = int(self.rows[row])
+        try:
+            image, label = self.dataset[number]
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL makes of damaged files
+            return f"{self.dataset.samples[number][0]} is not a readable image ({error})", row
+        if seed is None or self.augment is None:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.augment(image), label
+
+    def collate(self, samples: list[tuple]) -> tuple[Tensor, Tensor, list[str]]:
+        """x, y and the complaints about what could not be read."""
+        complaints = [first for first, _ in samples if isinstance(first, str)]
+        if self.augment is not None:  # every rank needs its full share of a training batch
+            samples = [self.readable(*sample) for sample in samples]
+        good = [sample for sample in samples if not isinstance(sample[0], str)]
+        if not good:
+            return torch.empty(0), torch.empty(0, dtype=torch.long), complaints
+        x, y = zip(*good, strict=True)
+        return torch.stack(x), torch.tensor(y), complaints
+
+    def readable(self, first, second: int) -> tuple:
+        """The sample itself, or in place of a row that cannot be read the next one that can."""
+        for row in range(second + 1, second + 1 + len(self)):
+            if not isinstance(first, str):
+                break
+            first, second = self[row % len(self), None]
+        return first, second
+
+    def report(self, complaints: list[str]) -> None:
+        for complaint in complaints:
+            if self.unreadable == "refuse":
+                raise UsageError(f"{complaint}: mend or remove it, or go on by --unreadable skip")
+            if complaint not in self.skipped:
+                self.skipped.add(complaint)
+                print(f"{complaint}: skipped, {len(self.skipped)} so far", file=sys.stderr)
+
+    def batch(self, rows: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        keys = keys_of(rows, seeds)
+        x, y, complaints = self.collate([self[key] for key in keys])
+        self.report(complaints)
+        return x, y
+
+    def stream(self, batches: Iterable[tuple], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=(keys_of(*batch) for batch in batches),
+            num_workers=workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for x, y, complaints in loader:
+            self.report(complaints)
+            yield x, y
+
+
+def keys_of(rows: Tensor, seeds: Tensor | None = None) -> list[tuple[int, int | None]]:
+    every = [None] * len(rows) if seeds is None else seeds.tolist()
+    return list(zip(rows.tolist(), every, strict=True))
+
+
+def pictures(train, test, plain, augment, unreadable: str = "refuse") -> list[Pictures]:
+    """Train, validation and test split of two torchvision data sets."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held = min(10_000, max(1, len(train) // 10))
+    return [
+        Pictures(train, order[held:], plain, augment, unreadable),
+        Pictures(train, order[:held], plain, None, unreadable),
+        Pictures(test, torch.arange(len(test)), plain, None, unreadable),
+    ]
+
+
+def to_tensor(statistics: dict, *transforms):
+    """These transforms of a PIL image, then a normalised tensor."""
+    from torchvision.transforms import v2
+
+    end = v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**statistics)
+    return v2.Compose([*transforms, *end])
+
+
+def folders(data: Path, name: str) -> list:
+    """torchvision data sets of the train and val folders at `data` or in data/NAME."""
+    from torchvision.datasets import ImageFolder, ImageNet
+
+    root = next((r for r in (data / name, data) if (r / "train").is_dir()), data)
+    if (root / "ILSVRC2012_devkit_t12.tar.gz").exists():  # unpacks the archives on first use
+        return [ImageNet(str(root), split) for split in ("train", "val")]
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise UsageError(
+                f"--data {data}: need train/ and val/ there or in {name}/, each with a folder of "
+                f"images per class; {root / part} is missing"
+            )
+    try:
+        train, test = (ImageFolder(str(root / part)) for part in ("train", "val"))
+    except FileNotFoundError as error:
+        raise UsageError(f"--data {root}: {error}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UsageError(
+            f"--data {root}: train/ and val/ need the same class folders, {len(odd)} are in one "
+            f"alone: {', '.join(odd[:5])}"
+        )
+    return [train, test]
