@@ -156,9 +156,11 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
     for path in sorted(folder.glob("explicit-*.pt")):
         kind, saved = path.stem.removeprefix("explicit-"), load(path, "explicit")
         if saved["step"] >= saved["config"]["explicit_steps"]:
-            explicit[kind] = task.explicit(saved["config"] | {"pretrained": False})
-            explicit[kind].to(device).eval()
-            explicit[kind].load_state_dict(saved["model"])
+            net = task.explicit(saved["config"] | {"explicit": kind, "pretrained": False})
+            net.load_state_dict(saved["model"])
+            foreign = saved["config"].get("pretrained")
+            name = f"{kind} (torchvision's weights)" if foreign else kind
+            explicit[name] = net.to(device).eval()
     return Run(folder, task, config, teacher, students, explicit, device)
 
 

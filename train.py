@@ -229,7 +229,9 @@ def train_teacher(run: Trainer) -> Equilibrium:
     config, task, path = run.config, run.task, run.folder / "teacher.pt"
     torch.manual_seed(config.seed)
     net = task.network(dataclasses.asdict(config)).to(run.device)
-    if config.teacher and not path.exists():
+    there = path.exists()
+    barrier(run)  # no rank looks after another has written
+    if config.teacher and not there:
         adopt(run, net, path)
     if not finished(path, "teacher", config.teacher_steps):
         if config.compile:
@@ -244,11 +246,10 @@ def train_teacher(run: Trainer) -> Equilibrium:
         )
 
         def draw(parts: range) -> Iterator[tuple]:
+            early = config.pretrain * config.accumulate
             for part, (x, y) in zip(parts, views(run, parts), strict=True):
                 generator, probe = run.generator(0, part), None
-                layers = (
-                    config.pretrain_layers if part // config.accumulate < config.pretrain else 0
-                )
+                layers = config.pretrain_layers if part < early else 0
                 chance = torch.rand((), generator=generator) if config.jac_weight > 0 else 1.0
                 if chance < config.jac_prob and not layers:
                     probe = torch.randn(run.part, *state, generator=generator)[run.mine]
@@ -302,7 +303,8 @@ def teacher_optimizer(config: Config, net: Equilibrium) -> torch.optim.Optimizer
 
 @torch.no_grad()
 def state_shape(run: Trainer, net: Equilibrium) -> torch.Size:
-    """Shape of one sample's state."""
+    """Shape of one sample's state. net is put in evaluation mode: one sample has no statistics."""
+    net.eval()
     x, _ = run.task.train.batch(torch.arange(1))
     return net.initial(net.inject(x.to(run.device))).shape[1:]
 

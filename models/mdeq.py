@@ -61,7 +61,7 @@ PRESETS = {
     "imagenet-large": IMAGENET | dict(channels=LARGE, head=(32, 64, 128, 256)),
     "imagenet-xl": IMAGENET
     | dict(channels=(88, 176, 352, 704), head=(32, 64, 128, 256), expansion=6),
-    "imagenet-single": IMAGENET | dict(channels=(384,), head=(112,), downsample=3),
+    "imagenet-single": IMAGENET | dict(channels=(368,), head=(96,), downsample=3),
     "cifar-large": CIFAR | dict(channels=SMALL, head=(14, 28, 56, 112), final=1680, dropout=0.3),
     "cifar-tiny": CIFAR
     | dict(channels=(24, 24), head=(8, 16), final=200, dropout=0.25, entry=False),

@@ -215,6 +215,19 @@ def test_pretraining_differentiates_every_layer():
     )
 
 
+def test_training_memory_is_independent_of_the_solver():
+    """What autograd keeps for the backward pass is the same after 2 solver steps and after 9."""
+    net, x, y = MDEQ(**SMALL).train(), torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    kept = []
+    for steps in (2, 9):
+        sizes = []
+        pack = lambda v, sizes=sizes: sizes.append(v.numel()) or v  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            TeacherLoss(net, steps, phantom=1, tau=1.0)(x, y, None)
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1] > x.numel()
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """Twenty random pictures of two classes to train on, four to test, of several sizes."""
@@ -397,6 +410,17 @@ def test_references_classify_pictures(name, tree):
     assert net(x).shape == (4, 2) and net.nll(x, y).shape == (4,)
     with pytest.raises(UsageError, match="no such network"):
         task.explicit({"explicit": "nonsense", "pretrained": False})
+
+
+def test_rows_of_foreign_weights_say_so(tree, tmp_path, monkeypatch):
+    """--pretrained stores torchvision's weights untrained, and the table names them."""
+    net = images.vision({"explicit": "alexnet", "pretrained": False}, 2)
+    monkeypatch.setattr(images, "vision", lambda settings, classes: net)
+    flags = ["--task=imagenette", f"--data={tree}", f"--out={tmp_path}", "--store=memory"]
+    flags += ["--image_size=64", *(flag for flag in TINY if "image_size" not in flag)]
+    train.main([*flags, "--stage=explicit", "--explicit=alexnet", "--pretrained"])
+    train.main(flags)
+    assert "| alexnet (torchvision's weights) |" in (tmp_path / "report.md").read_text()
 
 
 def test_top_five_counts_the_five_likeliest():
