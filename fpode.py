@@ -17,7 +17,7 @@ schedule's base, a second beta in the paper, is called `decay`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,15 +96,15 @@ class TimeMap:
         return [self.eps + (1 - decay**j) * (self.T - self.eps) for j in range(J)]  # App. B.3
 
 
-def contraction(trajectory: Tensor, sample_dims: int = 1, floor: float = 1e-3) -> float:
-    """Measured error factor per solver step of states (K + 1, B, ...), median over problems.
+def contraction(states: Sequence[Tensor], sample_dims: int = 1, floor: float = 1e-3) -> float:
+    """Measured error factor per solver step of states z_0 .. z_K, each (B, ...), median over
+    problems.
 
     |z_k - z_K| / |z_0 - z_K| is followed until it drops below `floor`, where z_K is no longer a
     stand-in for z*; the factor is its geometric mean per step until there.
     """
-    error = torch.linalg.vector_norm(
-        (trajectory - trajectory[-1]).flatten(sample_dims + 1).float(), dim=-1
-    ).flatten(1)
+    gaps = ((z.float() - states[-1].float()).flatten(sample_dims) for z in states)
+    error = torch.stack([torch.linalg.vector_norm(gap, dim=-1).flatten() for gap in gaps])
     relative = error[:-1] / (error[0] + torch.finfo(error.dtype).tiny)
     above = (relative > floor).cumprod(0)
     steps = (above.sum(0) - 1).clamp(min=1)

@@ -39,14 +39,18 @@ from tasks import Split, Task
 
 
 @torch.no_grad()
-def cdeq(student: Student, z0: Tensor, u: Tensor, J: int, decay: float, last: bool = False):
-    """Alg. 1: z_{t_0} .. z_{t_J} as (J + 1, B, ...), or z_{t_J} alone; exactly J evaluations."""
-    z, history, states = z0, None, [z0]
-    for t in student.times.schedule(J, decay):
+def cdeq(student: Student, z: Tensor, u: Tensor, J: int, decay: float, last: bool = False):
+    """Alg. 1 from z = z_0: all states z_{t_0} .. z_{t_J} as (J + 1, B, ...), or z_{t_J} alone;
+    exactly J evaluations."""
+    if not last:
+        states = z.new_empty(J + 1, *z.shape)
+        states[0] = z
+    history = None
+    for j, t in enumerate(student.times.schedule(J, decay)):
         z, history = student.step(z, t, u, history)  # Alg. 1, l. 1-2, then l. 5-6
         if not last:
-            states.append(z)
-    return z if last else torch.stack(states)  # Alg. 1, l. 9
+            states[j + 1] = z
+    return z if last else states  # Alg. 1, l. 9
 
 
 @torch.no_grad()

@@ -340,6 +340,7 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
         folder = run.folder / "trajectories"
         return trajectories.Disk(*common, folder=folder, header=binding | solver, **options)
     slots = int(config.cache_gb * 1e9 / ((config.K + 1) * state.numel() * dtype.itemsize))
+    slots = min(slots, max(config.reuse, len(split) // run.world))  # no more than one of each
     options |= dict(reuse=config.reuse, augment=config.augment, workers=config.workers)
     return trajectories.Rolling(*common, slots=slots, **options)
 
@@ -380,7 +381,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     store = make_store(run, teacher)
     rows = store.batch(0)[2]
     every = torch.arange(config.K + 1).expand(len(rows), -1)
-    rate = contraction(torch.stack(store.states(rows, every)).float(), teacher.sample_dims)
+    rate = contraction(store.states(rows, every), teacher.sample_dims)
     rho = config.rho or propose_rho(rate, config.K)
     run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     run.log(contraction=rate, rho=rho)

@@ -175,7 +175,7 @@ def test_published_weights_give_the_published_logits(prefix):
 def test_presets_have_the_published_sizes(preset, parameters, of_f, state, gigaflops):
     found = sizes(preset)
     assert (found["parameters"], found["f"], found["state"]) == (parameters, of_f, state)
-    assert found["flops"] / 1e9 == pytest.approx(gigaflops, rel=0.02)
+    assert found["flops"] / 1e9 == pytest.approx(gigaflops, abs=gigaflops / 200 + 0.005)
 
 
 def test_weight_norm_is_computed_once_a_solve():
