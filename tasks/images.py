@@ -153,8 +153,8 @@ def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> 
     """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
     defaults = dict(
         batch=64, teacher_steps=6000, teacher_lr=2e-3, pretrain=2400, pretrain_layers=3,
-        solver_steps=6, store="rolling", student_steps=1500, explicit_steps=6000, explicit_lr=1e-3,
-        explicit_decay=0.05, save_every=100, log_every=50,
+        solver_steps=6, store="rolling", student_steps=1500, student_lr=1e-3, first=True,
+        explicit_steps=6000, explicit_lr=1e-3, explicit_decay=0.05, save_every=100, log_every=50,
     )  # fmt: skip
     return photographs(
         "imagenette", data, image_size, unreadable, defaults, folder="imagenette-64",
