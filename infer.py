@@ -250,6 +250,7 @@ def evaluate(
                 found = measures(run, states[nfe], u, star, y)
                 sums = [found[name].sum().item() for name in names]
                 total[i] += torch.tensor([*sums, len(y)]).double()
+            del states  # gigabytes on a graph: not beside the next method's
     for name, method in methods.items():
         made, declared = method.counter.nfe, calls * max(nfes)
         if made != declared:

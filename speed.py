@@ -194,7 +194,7 @@ def arxiv(data: Path, d: int = 128) -> dict | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--task", "ogbn-arxiv", "--data", str(data), "--out", folder, "--width", str(d)]
-        flags += ["--teacher_steps", "2", "--student_steps", "2"]
+        flags += ["--teacher_steps", "2", "--student_steps", "6", "--cache_dtype", "bf16"]
         for stage in ("teacher", "student"):
             compare.train(*flags, "--stage", stage)
         run = infer.open_run(Path(folder), device="cpu")

@@ -373,7 +373,7 @@ def draw_run(run: Trainer, student: Student, generator: torch.Generator) -> list
 
 
 def train_student(run: Trainer, teacher: Equilibrium) -> None:
-    """Consistency distillation, Alg. 2."""
+    """Consistency distillation, Alg. 2; `pick_decay` finishes it."""
     config, path = run.config, infer.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
         run.bind(path, infer.load_student(path, teacher)["config"], STUDENT, BOTH)
@@ -430,7 +430,6 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         run.say(f"the teacher's solves took {share:.0%} of the time")
         run.log(solve_share=share)
     barrier(run)
-    pick_decay(run, path)
 
 
 def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most: int = 8):
@@ -442,8 +441,11 @@ def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most
         yield z_0, z_K, student.inject(x.to(run.device))
 
 
-def pick_decay(run: Trainer, path: Path) -> None:
+def pick_decay(run: Trainer) -> None:
     """Chooses the schedule's base on the validation split; the student is finished with it."""
+    path = infer.student_path(run.folder, run.config.name)
+    if finished(path, "student", run.config.student_steps):
+        return
     opened = infer.open_run(run.folder, run.config.data, run.device.type, ())
     saved = load(path, "student")
     opened.config |= {"K": saved["config"]["K"]}
@@ -483,6 +485,7 @@ def train_and_evaluate(run: Trainer) -> None:
     teacher = train_teacher(run)
     if config.stage in ("all", "student"):
         train_student(run, teacher)
+        pick_decay(run)
     if config.stage in ("all", "evaluate"):
         result = compare.report(infer.open_run(run.folder, config.data, run.device.type))
         if not run.rank:
