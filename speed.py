@@ -187,8 +187,8 @@ def graph_scaling(edges=(10**4, 10**5, 10**6, 10**7), d: int = 64) -> list[dict]
 
 def arxiv(data: Path, d: int = 128) -> dict | None:
     """On ogbn-arxiv at width d: `graph_step`; the most bytes that train.py takes (two updates of
-    the teacher, six of the student, all trajectories in bf16, the choice of the schedule); and those
-    of one answer by NFE. None without the data."""
+    the teacher, six of the student, trajectories in bf16, the choice of the schedule); and those of
+    one answer by NFE. None without the data."""
     if not (data / "ogbn_arxiv").exists():
         print(f"{data} has no ogbn_arxiv: not measured", file=sys.stderr)
         return None
