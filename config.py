@@ -189,7 +189,7 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     chosen = {
         "preset": task.presets[0],
         "out": f"runs/{name}",
-        "explicit": "".join(task.references[:1]),
+        "explicit": next(iter(task.references), ""),
     }
     chosen |= task.defaults | RECIPES[recipe]
     config = Config(**chosen | {key: value for key, value in given.items() if value != ""})

@@ -229,9 +229,7 @@ def train_teacher(run: Trainer) -> Equilibrium:
     config, task, path = run.config, run.task, run.folder / "teacher.pt"
     torch.manual_seed(config.seed)
     net = task.network(dataclasses.asdict(config)).to(run.device)
-    there = path.exists()
-    barrier(run)  # no rank looks after another has written
-    if config.teacher and not there:
+    if config.teacher:
         adopt(run, net, path)
     if not finished(path, "teacher", config.teacher_steps):
         if config.compile:
@@ -272,8 +270,16 @@ def train_teacher(run: Trainer) -> Equilibrium:
 
 
 def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
-    """Writes the run's teacher.pt from --teacher, a file of ours or of locuslab/deq."""
-    file = Path(run.config.teacher)
+    """Writes the run's teacher.pt from --teacher, a file of ours or of locuslab/deq; an earlier
+    start may have done so."""
+    file, there = Path(run.config.teacher), path.exists()
+    barrier(run)  # no rank looks after another has written
+    if there:
+        if load(path, "teacher").get("source") != str(file):
+            raise UsageError(
+                f"--teacher {file}: {run.folder} has another teacher; choose another --out"
+            )
+        return
     state = infer.teacher_weights(file)
     ours = net.state_dict()
     missing, foreign = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())

@@ -295,6 +295,8 @@ def test_a_published_teacher_is_taken_over(tmp_path, tree, monkeypatch):
     assert saved["source"] == str(file)
     weight = saved["model"]["injection.0.weight"]
     assert torch.equal(weight, reference_state()["downsample.0.weight"])
+    with pytest.raises(UsageError, match="has another teacher; choose another --out"):
+        train.main(["--task=imagenette", f"--data={tree}", f"--out={out}", "--teacher=b", *TINY])
     again = tmp_path / "again"
     flags = [f"--teacher={out / 'teacher.pt'}", "--stage=teacher", *TINY]
     train.main(["--task=imagenette", f"--data={tree}", f"--out={again}", *flags])
