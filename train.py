@@ -12,6 +12,7 @@ Settings and recipes are described in config.py.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -243,20 +244,10 @@ def train_teacher(run: Trainer) -> Equilibrium:
             f"4 bytes = {(2 * config.m + 2) * numbers * 4e-9:.3g} GB per process"
         )
 
-        def draw(parts: range) -> Iterator[tuple]:
-            early = config.pretrain * config.accumulate
-            for part, (x, y) in zip(parts, views(run, parts), strict=True):
-                generator, probe = run.generator(0, part), None
-                layers = config.pretrain_layers if part < early else 0
-                chance = torch.rand((), generator=generator) if config.jac_weight > 0 else 1.0
-                if chance < config.jac_prob and not layers:
-                    probe = torch.randn(run.part, *state, generator=generator)[run.mine]
-                    probe = probe.to(run.device)
-                yield x.to(run.device), y.to(run.device), probe, layers
-
         def weigh(terms: dict[str, Tensor]) -> Tensor:
             return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
 
+        draw = functools.partial(teacher_parts, run, state)
         optimizer, steps = teacher_optimizer(config, net), config.teacher_steps
         run.fit("teacher", path, module, net.train(), weigh, draw, steps, optimizer, net.project)
         barrier(run)
@@ -267,6 +258,19 @@ def train_teacher(run: Trainer) -> Equilibrium:
     if config.compile:
         net.cell.compile()
     return net.to(run.device).eval().requires_grad_(False)
+
+
+def teacher_parts(run: Trainer, state: torch.Size, parts: range) -> Iterator[tuple]:
+    """The arguments of TeacherLoss for each of these parts; state: the shape of a sample's."""
+    config = run.config
+    early = config.pretrain * config.accumulate
+    for part, (x, y) in zip(parts, views(run, parts), strict=True):
+        generator, probe = run.generator(0, part), None
+        layers = config.pretrain_layers if part < early else 0
+        chance = torch.rand((), generator=generator) if config.jac_weight > 0 else 1.0
+        if chance < config.jac_prob and not layers:
+            probe = torch.randn(run.part, *state, generator=generator)[run.mine].to(run.device)
+        yield x.to(run.device), y.to(run.device), probe, layers
 
 
 def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
@@ -402,22 +406,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         ema.cell.compile()
     module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
 
-    def draw(parts: range) -> Iterator[tuple]:
-        device, mine = run.device, run.mine
-        for part in parts:
-            generator = run.generator(1, part)
-            k = draw_steps(config, run.part, generator)  # Alg. 2, l. 3
-            j = (k + (1 if config.local == "later" else -1)).clamp(0, config.K)
-            draws = torch.rand(run.part, config.K + 1, generator=generator)
-            steps = [k - 1, k, j - 1, j] if config.trajectory > 0 else []
-            ks = torch.stack([*steps, torch.full_like(k, config.K)], dim=1).clamp(min=0)
-            ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
-            x, y, rows = store.batch(part)
-            states = [z.to(device, torch.float32) for z in store.states(rows, ks[mine])]
-            early = task_weights(config, k)[mine].to(device) if config.lam2 > 0 else None
-            rollout = draw_run(run, student, generator) if config.rollout > 0 else None
-            k, j = k[mine].to(device), j[mine].to(device)
-            yield x.to(device), y.to(device), k, j, states, early, rollout
+    draw = functools.partial(student_parts, run, store, student)
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
         return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
@@ -436,6 +425,25 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         run.say(f"the teacher's solves took {share:.0%} of the time")
         run.log(solve_share=share)
     barrier(run)
+
+
+def student_parts(run: Trainer, store, student: Student, parts: range) -> Iterator[tuple]:
+    """The arguments of Distillation for each of these parts."""
+    config, device, mine = run.config, run.device, run.mine
+    for part in parts:
+        generator = run.generator(1, part)
+        k = draw_steps(config, run.part, generator)  # Alg. 2, l. 3
+        j = (k + (1 if config.local == "later" else -1)).clamp(0, config.K)
+        draws = torch.rand(run.part, config.K + 1, generator=generator)
+        steps = [k - 1, k, j - 1, j] if config.trajectory > 0 else []
+        ks = torch.stack([*steps, torch.full_like(k, config.K)], dim=1).clamp(min=0)
+        ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
+        x, y, rows = store.batch(part)
+        states = [z.to(device, torch.float32) for z in store.states(rows, ks[mine])]
+        early = task_weights(config, k)[mine].to(device) if config.lam2 > 0 else None
+        rollout = draw_run(run, student, generator) if config.rollout > 0 else None
+        k, j = k[mine].to(device), j[mine].to(device)
+        yield x.to(device), y.to(device), k, j, states, early, rollout
 
 
 def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most: int = 8):
