@@ -235,8 +235,8 @@ def merge(reports: list[dict]) -> dict:
     """One report over seeds: means of every number, the metric's std (n - 1) and n."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
-    numbers = ("value", "top5", "nll", "residual", "distance", "seconds_per_batch")
-    numbers = *numbers, "peak_memory_bytes"
+    metrics = ("value", "top5", "nll", "residual", "distance")
+    numbers = (*metrics, "seconds_per_batch", "peak_memory_bytes")
 
     def mean(rows: list[dict]) -> dict:
         known = [key for key in numbers if rows[0].get(key) is not None]

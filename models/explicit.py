@@ -42,9 +42,6 @@ def vision(settings: dict, classes: int) -> Vision:
     from torchvision.models import get_model
 
     name = settings["explicit"]
-    options = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
-    if name == "googlenet":
-        options["init_weights"] = True
     if settings["pretrained"]:
         if classes != 1000:
             raise UsageError(
@@ -52,7 +49,9 @@ def vision(settings: dict, classes: int) -> Vision:
             )
         options = dict(weights="DEFAULT")
     else:
-        options |= dict(num_classes=classes)
+        options = dict(num_classes=classes)
+        if name in ("googlenet", "inception_v3"):
+            options |= dict(aux_logits=False, init_weights=True)
     try:
         return Vision(get_model(name, **options))
     except ValueError as error:
