@@ -388,7 +388,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     if finished(path, "student", config.student_steps):
         run.bind(path, infer.load_student(path, teacher)["config"], STUDENT, BOTH)
         return
-    store = make_store(run, teacher)
+    begin, store = time.perf_counter(), make_store(run, teacher)
     rows = store.batch(0)[2]
     every = torch.arange(config.K + 1).expand(len(rows), -1)
     rate = contraction(store.states(rows, every), teacher.sample_dims)
@@ -418,7 +418,6 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     def average() -> None:
         update_ema(ema, student, config.mu)  # Alg. 2, l. 9
 
-    begin = time.perf_counter()
     run.fit("student", path, module, student, weigh, draw, steps, optimizer, average, ema, **extra)
     if isinstance(store, trajectories.Rolling):
         share = store.seconds / (time.perf_counter() - begin)
