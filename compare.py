@@ -9,6 +9,7 @@ turns in one process, so that a busy machine slows them alike. What was not meas
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -68,38 +69,36 @@ def label(student: str) -> str:
 def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
     """Median seconds of one batch from the injected input to the logits, and the process's peak
     memory in bytes from the input to the logits: pairs by (method, NFE) for those wanted and the
-    explicit networks, whose NFE is None, as is that of "injection", the step before."""
-    x = run.task.test.batch(torch.arange(min(batch, len(run.task.test))))[0].to(run.device)
-    seconds = times(run, table, wanted, x)
+    explicit networks, whose NFE is None, as is that of "injection", the step before. Of a text, a
+    batch is a segment after another one, and the likelihoods of its words stand for logits."""
+    net, task = run.teacher, run.task
+    batch_of = task.test.batch(torch.arange(min(batch, len(task.test))))
+    x, y = (v.to(run.device) for v in batch_of)
+    last = lambda network: [*itertools.islice(network.segments(x, y), 2)][-1]  # noqa: E731
+    memory = None
+    if net.memory:
+        u = net.inject(next(net.segments(x, y))[0])
+        memory = net.remember(u, net.initial(u))
+    part, told = last(net)
 
-    def whole(name: str, nfe: int) -> Callable[[], object]:
-        def job() -> Tensor:
-            u = table[name].inject(x)
-            return run.teacher.head(table[name].solve(run.teacher.initial(u), u, nfe, last=True))
+    def finish(z: Tensor) -> Tensor:
+        return net.head(z) if task.score else net.nll(z, told)
 
-        return job
+    def job(name: str, nfe: int, u=None) -> Tensor:
+        u = table[name].inject(part, memory) if u is None else u
+        return finish(table[name].solve(net.initial(u), u, nfe, last=True))
 
-    jobs = {key: whole(*key) for key in wanted} | alone(run, x)
-    return {key: (seconds[key], peak_memory(jobs[key], run.device)) for key in jobs}
-
-
-def alone(run: Run, x: Tensor) -> dict[tuple, Callable[[], object]]:
-    """What is measured beside the methods: the injection and the explicit networks."""
-    jobs = {("injection", None): lambda: run.teacher.inject(x)}
-    return jobs | {(name, None): lambda net=net: net(x) for name, net in run.explicit.items()}
-
-
-def times(run: Run, table: dict, wanted: set[tuple], x: Tensor) -> dict[tuple, float]:
-    """The seconds of `cost`."""
-    u = {name: method.inject(x) for name, method in table.items()}
-    z0 = run.teacher.initial(u["anderson"])
-
-    def solve(name: str, nfe: int) -> Callable[[], object]:
-        return lambda: run.teacher.head(table[name].solve(z0, u[name], nfe, last=True))
-
-    jobs = {key: solve(*key) for key in sorted(wanted)} | alone(run, x)
-    spent = interleaved(jobs, 5, run.device, patience=60)
-    return {key: statistics.median(values) for key, values in spent.items()}
+    alone = {("injection", None): lambda: net.inject(part, memory)}
+    for name, explicit in run.explicit.items():
+        inputs = last(explicit)
+        alone[name, None] = lambda e=explicit, i=inputs: e(i[0]) if task.score else e.nll(*i)
+    given = {name: method.inject(part, memory) for name, method in table.items()}
+    timed = {key: lambda key=key: job(*key, given[key[0]]) for key in sorted(wanted)} | alone
+    spent = interleaved(timed, 5, run.device, patience=60)
+    seconds = {key: statistics.median(values) for key, values in spent.items()}
+    given.clear()  # gigabytes on a graph
+    whole = {key: lambda key=key: job(*key) for key in wanted} | alone
+    return {key: (seconds[key], peak_memory(whole[key], run.device)) for key in whole}
 
 
 def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
@@ -149,13 +148,13 @@ def synchronize(device: torch.device) -> None:
 def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
     """The fewest evaluations from which on each method's validation metric stays as good as the
     converged teacher's, less the task's margin; None where it never does within K."""
-    task, K, sign = run.task, run.config["K"], 1 if run.task.higher_is_better else -1
+    task, K = run.task, run.config["K"]
     nfes = tuple(range(1, K + 1))
-    curves = infer.evaluate(run, table, task.valid, nfes, batch)
-    bar = sign * curves["anderson"][-1]["value"] - task.margin
+    curves = infer.evaluate(run, table, task.valid, nfes, batch, memory="teacher")
+    teacher = curves["anderson"][-1]["value"]
     fewest = {}
     for name, rows in curves.items():
-        short = [row["nfe"] for row in rows if sign * row["value"] < bar]
+        short = [row["nfe"] for row in rows if not task.as_good(row["value"], teacher)]
         first = max(short, default=0) + 1
         fewest[name] = first if first <= K else None
     return fewest

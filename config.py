@@ -23,9 +23,9 @@ import torch
 
 from checkpoint import UsageError
 from fpode import TimeMap
-from tasks import Task, graphs, images
+from tasks import Task, graphs, images, text
 
-TASKS = images.TASKS | graphs.TASKS
+TASKS = images.TASKS | graphs.TASKS | text.TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,6 +49,11 @@ class Config:
     preset: str = opt("", "network size; empty: the task's first", "", BOTH)
     seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
     image_size: int = opt(0, "of photographs, pixels; 0: the task's", ">= 0", BOTH)
+    segment: int = opt(
+        0, "positions of a text that are solved together; 0: the task's", ">= 0", BOTH
+    )
+    memory: int = opt(0, "positions before them that they see; 0: the task's", ">= 0", BOTH)
+    per_token: bool = opt(True, "Anderson weights of a text's each token", "", BOTH)
     dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
     batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
     accumulate: int = opt(1, "parts that a batch is computed in, one after another", ">= 1", BOTH)
@@ -105,6 +110,7 @@ class Config:
     rollout: float = opt(1.0, "weight of the loss on own states", ">= 0", STUDENT)
     rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
     rollout_every: bool = opt(False, "train all of them, on task loss too", "", STUDENT)
+    own_memory: float = opt(0.5, "P(a text's memory is the student's)", ">= 0 and <= 1", STUDENT)
     # Explicit reference networks
     explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
     explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
@@ -198,7 +204,7 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
         raise UsageError(
             f"--pretrain {config.pretrain}: must be below --teacher_steps {config.teacher_steps}"
         )
-    for key in ("width", "hidden", "kappa", "dropout"):
+    for key in ("width", "hidden", "kappa", "dropout", "per_token", "own_memory"):
         if key in given and key not in task.options:
             raise UsageError(f"--{key}: the networks of {name} have no such setting")
     if config.preset not in task.presets:
@@ -211,11 +217,13 @@ def open_task(settings: dict) -> Task:
     build, data = TASKS[settings["task"]], Path(settings.get("data", Config.data))
     known = inspect.signature(build).parameters
     options = {}
-    for key in ("image_size", "unreadable"):
+    for key in ("image_size", "unreadable", "segment", "memory"):
         value = settings.get(key, getattr(Config, key))
-        if key in known and value:
+        if value == getattr(Config, key):
+            continue
+        if key in known:
             options[key] = value
-        elif value != getattr(Config, key):
+        else:
             raise UsageError(f"--{key}: {settings['task']} has no such setting")
     return build(data, **options)
 

@@ -18,8 +18,10 @@ import copy
 import ctypes
 import io
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,7 @@ from anderson import Counter, anderson
 from checkpoint import UsageError, contents_of, fingerprint, load, ours, plain_errors
 from config import command_line, open_task
 from fpode import TimeMap
-from models import Equilibrium
-from models.mdeq import published
+from models import Equilibrium, labels, mdeq, transformer
 from student import Student
 from tasks import Split, Task
 
@@ -120,7 +121,7 @@ def teacher_weights(path: Path) -> dict[str, Tensor]:
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{path} is no dict of tensors; {advice}")
-    return published(state)
+    return (transformer if any(".dec_attn." in name for name in state) else mdeq).published(state)
 
 
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
@@ -193,10 +194,10 @@ def pick_device(name: str) -> str:
 @dataclass(frozen=True)
 class Method:
     """A way to the equilibrium. solve(z_0, u, nfe, last=False): all its states z_0 .. z_nfe, or
-    z_nfe alone; inject(x): the u it wants; counter: of its evaluations."""
+    z_nfe alone; inject(x, memory=None): the u it wants; counter: of its evaluations."""
 
     solve: Callable[..., Tensor]
-    inject: Callable[[Tensor], Tensor]
+    inject: Callable[..., Tensor]
     counter: Counter
 
 
@@ -225,45 +226,67 @@ def relative(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, methods: dict, split: Split, nfes=None, batch: int = 128
+    run: Run, methods: dict, split: Split, nfes=None, batch: int = 128, memory: str = "own"
 ) -> dict[object, list[dict]]:
     """Metric, residual under the teacher's f and distance to its equilibrium: of each method, a
-    row by NFE.
+    row by NFE; means over labels.
 
+    memory, for networks that see the segment before: of the states that the same method gave with
+    the same NFE ("own"), of the teacher's equilibria ("teacher"), or "none".
     Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
     counts once whatever the number of ranks.
     """
     net, nfes = run.teacher, nfes or run.task.nfes
-    names = ("value", "nll", "residual", "distance", *run.task.further)
+    own = memory == "own" and net.memory > 0
+    names = ("nll", "residual", "distance", *scores(run.task))
     totals = torch.zeros(len(methods), len(nfes), len(names) + 1, dtype=torch.float64)
     calls = 0
     for method in methods.values():
         method.counter.nfe = 0
     for x, y in stream(run, split, batch):
-        u = net.inject(x)
-        z0 = net.initial(u)
-        star = equilibrium(run, z0, u)
-        calls += 1
-        for method, total in zip(methods.values(), totals, strict=True):
-            states = method.solve(z0, method.inject(x), max(nfes))
-            for i, nfe in enumerate(nfes):
-                found = measures(run, states[nfe], u, star, y)
-                sums = [found[name].sum().item() for name in names]
-                total[i] += torch.tensor([*sums, len(y)]).double()
-            del states  # gigabytes on a graph: not beside the next method's
+        before, pasts = None, [dict.fromkeys(nfes) for _ in methods]
+        for x, y in net.segments(x, y):  # noqa: B020
+            u = net.inject(x, before)
+            star = equilibrium(run, net.initial(u), u)
+            calls += 1
+            for method, past, total in zip(methods.values(), pasts, totals, strict=True):
+                past |= {} if own else dict.fromkeys(nfes, before)
+                for i, z in enumerate(answers(net, method, x, past, own)):
+                    found = measures(run, z, u, star, y)
+                    sums = [(found[name] * labels(y)).sum().item() for name in names]
+                    total[i] += torch.tensor([*sums, labels(y).sum()]).double()
+                del z  # a view of gigabytes on a graph: not beside the next method's
+            before = net.remember(u, star) if memory != "none" else None
     for name, method in methods.items():
-        made, declared = method.counter.nfe, calls * max(nfes)
+        made, declared = method.counter.nfe, calls * (sum(nfes) if own else max(nfes))
         if made != declared:
             raise AssertionError(f"{name}: {made} evaluations were made, {declared} declared")
     if dist.is_initialized():
         dist.all_reduce(totals)
-    return {
+    rows = {
         name: [
             {"nfe": nfe, **dict(zip(names, (row[:-1] / row[-1]).tolist(), strict=True))}
             for nfe, row in zip(nfes, total, strict=True)
         ]
         for name, total in zip(methods, totals, strict=True)
     }
+    for row in (row for of_method in rows.values() for row in of_method):
+        row.setdefault("value", math.exp(min(row["nll"], 700.0)))
+    return rows
+
+
+def answers(net: Equilibrium, method: Method, x: Tensor, past: dict, own: bool) -> Iterator[Tensor]:
+    """z at each NFE of `past`, the memory by NFE; with `own`, each leaves its own there."""
+    if not own:  # one solve passes through them all
+        u = method.inject(x, next(iter(past.values())))
+        states = method.solve(net.initial(u), u, max(past))
+        yield from (states[nfe] for nfe in past)
+        return
+    for nfe, memory in past.items():
+        u = method.inject(x, memory)
+        z = method.solve(net.initial(u), u, nfe, last=True)
+        past[nfe] = net.remember(u, z)
+        yield z
 
 
 def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -279,28 +302,36 @@ def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]
 def measures(run: Run, z: Tensor, u: Tensor, star: Tensor, y: Tensor) -> dict[str, Tensor]:
     """What tables tell of a state z, each (B,): metrics, residual under the teacher's f, distance
     to its equilibrium."""
-    net, logits = run.teacher, run.teacher.head(z)
+    net, wanted = run.teacher, scores(run.task)
+    logits = net.head(z) if wanted else None
     return {
-        "value": run.task.score(logits, y),
         "nll": net.nll(z, y),
         "residual": relative(net.f(z, u), z),
         "distance": relative(z, star),
-        **{name: score(logits, y) for name, score in run.task.further.items()},
+        **{name: score(logits, y) for name, score in wanted.items()},
     }
+
+
+def scores(task: Task) -> dict[str, Callable]:
+    """What a task tells of logits, by name."""
+    return ({"value": task.score} if task.score else {}) | task.further
 
 
 @torch.no_grad()
 def evaluate_explicit(run: Run, net: nn.Module, split: Split, batch: int = 128) -> dict[str, float]:
     """The metrics of a network of finite depth over a split."""
-    scores = {"value": run.task.score, **run.task.further}
-    totals = torch.zeros(len(scores) + 2, dtype=torch.float64)
-    for x, y in stream(run, split, batch):
-        logits = net(x)
-        sums = [*(score(logits, y) for score in scores.values()), net.nll(x, y)]
-        totals += torch.tensor([*(v.sum().item() for v in sums), len(y)]).double()
+    wanted = scores(run.task)
+    totals = torch.zeros(len(wanted) + 2, dtype=torch.float64)
+    for x_all, y_all in stream(run, split, batch):
+        for x, y in net.segments(x_all, y_all):
+            logits = net(x) if wanted else None
+            sums = [*(score(logits, y) for score in wanted.values()), net.nll(x, y)]
+            sums = [(v * labels(y)).sum().item() for v in sums]
+            totals += torch.tensor([*sums, labels(y).sum()]).double()
     if dist.is_initialized():
         dist.all_reduce(totals)
-    return dict(zip((*scores, "nll"), (totals[:-1] / totals[-1]).tolist(), strict=True))
+    found = dict(zip((*wanted, "nll"), (totals[:-1] / totals[-1]).tolist(), strict=True))
+    return {"value": math.exp(found["nll"]), **found}
 
 
 def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
@@ -321,7 +352,7 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     candidates = {decay: counted(student, decay) for decay in run.task.decays}
     scores = {
         decay: {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
-        for decay, rows in evaluate(run, candidates, run.task.valid).items()
+        for decay, rows in evaluate(run, candidates, run.task.valid, memory="teacher").items()
     }
     best = max(sign * score["value"] for score in scores.values())
     good = [d for d in scores if sign * scores[d]["value"] >= best - 0.005 * abs(best)]
@@ -351,6 +382,50 @@ def answer(
 
 
 @torch.no_grad()
+def generate(
+    run: Run, method: Method, nfe: int, prompt: Tensor, tokens: int, temperature: float, top_k: int
+) -> tuple[list[int], float]:
+    """Words that follow the prompt (1, n), drawn one by one, and the words per second. Each word's
+    state is solved with `nfe` evaluations and kept, in place of solving it again."""
+    net, memory, words = run.teacher, None, []
+    x = torch.cat([prompt.new_zeros(1, 1), prompt], dim=1).to(run.device)  # after an <eos>
+    for part, _ in net.segments(x, x):
+        u = method.inject(part, memory)
+        z = method.solve(net.initial(u), u, nfe, last=True)
+        memory = net.remember(u, z)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        scores = net.head(z[:, -1:])[0, 0] / temperature
+        best = scores.topk(min(top_k or len(scores), len(scores)))
+        word = best.indices[torch.multinomial(best.values.softmax(0), 1)]
+        words.append(int(word))
+        u = method.inject(word[None], memory)
+        z = method.solve(net.initial(u), u, nfe, last=True)
+        memory = net.remember(u, z)
+    return words, tokens / (time.perf_counter() - start)
+
+
+def continuations(run: Run, name: str, nfe: int, args) -> list[dict]:
+    """What the converged teacher and a student make of a prompt, from the same random numbers."""
+    net, K, prompt = run.teacher, run.config["K"], run.task.read(args.prompt)
+
+    def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = True) -> Tensor:
+        f = lambda z: net.f(z, u)  # noqa: E731
+        return anderson(f, z0, nfe, last=last, sample_dims=net.sample_dims, **run.solver())
+
+    rows = []
+    teacher, student = Method(solve, net.inject, Counter(net.f)), counted(*run.students[name])
+    for title, method, budget in (("teacher", teacher, K), ("cdeq", student, nfe)):
+        torch.manual_seed(args.seed)
+        words, speed = generate(
+            run, method, budget, prompt, args.tokens, args.temperature, args.top_k
+        )
+        told = " ".join([args.prompt, *(run.task.classes[word] for word in words)])
+        rows.append({"method": title, "nfe": budget, "tokens_per_second": speed, "text": told})
+    return rows
+
+
+@torch.no_grad()
 def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int) -> dict:
     """Metric and NFE of the anytime mode over a split."""
     student, decay = run.students[name]
@@ -369,6 +444,17 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
     }
 
 
+def check_inputs(run: Run, args) -> None:
+    """UsageError for inputs of another kind than the run's."""
+    text = run.teacher.memory > 0
+    if args.prompt and not text:
+        raise UsageError(f"--prompt: {run.task.name} is no text; its inputs are --files")
+    if (args.files or args.tol) and text:
+        raise UsageError(f"--files, --tol: {run.task.name} is a text; its inputs are a --prompt")
+    if args.tokens < 1 or args.temperature <= 0 or args.top_k < 0:
+        raise UsageError("--tokens must be >= 1, --temperature > 0 and --top-k >= 0")
+
+
 def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
@@ -381,6 +467,14 @@ def main(argv: list[str]) -> None:
     add("--tol", type=float, default=0, help="> 0: stop each sample when successive states agree")
     add("--max-nfe", type=int, default=16, help="most evaluations with --tol")
     add("--files", type=Path, nargs="+", help="answer for these inputs instead of a split")
+    add("--prompt", default="", help="text to be continued, by the teacher and the student")
+    add("--tokens", type=int, default=50, help="words of the continuation")
+    add("--temperature", type=float, default=1.0, help="of their softmax")
+    add("--top-k", type=int, default=40, help="draw from so many likeliest; 0: from all")
+    add("--seed", type=int, default=0, help="of the draws")
+    add(
+        "--memory", choices=("own", "teacher", "none"), default="own", help="a text's: whose states"
+    )
     add("--data", default="", help="where the data set is now")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--json", action="store_true", help="print JSON")
@@ -401,9 +495,13 @@ def main(argv: list[str]) -> None:
         )
     if args.decay:
         run.students = {name: (student, args.decay) for name, (student, _) in run.students.items()}
+    check_inputs(run, args)
     split = getattr(run.task, args.split)
-    if args.files:
-        nfe = args.nfe[0] if len(args.nfe) == 1 else 2
+    nfe = args.nfe[0] if len(args.nfe) == 1 else 2
+    if args.prompt:
+        result = continuations(run, args.student, nfe, args)
+        line = "{method}, NFE {nfe}, {tokens_per_second:.1f} tokens/s: {text}"
+    elif args.files:
         result = answer(run, args.student, args.files, nfe, args.tol, args.max_nfe)
         line = "{file}: {answer} ({probability:.1%}, NFE {nfe})"
     elif args.tol > 0:
@@ -412,7 +510,7 @@ def main(argv: list[str]) -> None:
     else:
         nfes = tuple(sorted(set(args.nfe))) or run.task.nfes
         method = {"": counted(*run.students[args.student])}
-        result = evaluate(run, method, split, nfes, args.batch)[""]
+        result = evaluate(run, method, split, nfes, args.batch, args.memory)[""]
         line = "NFE {nfe:3d}: value {value:.2f}, distance {distance:.4f}, residual {residual:.4f}"
     lines = [line.format(**row) for row in result]
     print(json.dumps(result, indent=1) if args.json else "\n".join(lines))

@@ -73,25 +73,41 @@ class Distillation(nn.Module):
         states: tuple[Tensor, ...],
         early: Tensor | None,
         rollout: list[float] | None,
+        past: int = 0,
+        own_memory: bool = False,
     ) -> dict[str, Tensor]:
         """x, y (B, ...); k and j (B,), the step and its local target's; states (z_{k-1}, z_k,
         z_{j-1}, z_j, z_K), each (B, ...), or (z_K,) for no loss on the teacher's states; early
         (B,): weights of the task loss, or None; rollout: times t_0 .. t_J of the student's own
-        run, or None."""
-        u, terms = self.student.inject(x), {}
+        run, or None; past: positions (dimension 1) that are the others' history, with the teacher's
+        equilibrium or, with own_memory, with what the student's own run makes of it."""
+        memory, terms = None, {}
+        if past:
+            u, z = self.student.inject(x[:, :past]), states[-1][:, :past]
+            memory = self.teacher.remember(u, self.walk(u, rollout) if own_memory else z)
+            x, y, states = x[:, past:], y[:, past:], [z[:, past:] for z in states]
+        u = self.student.inject(x, memory)
         if len(states) > 1:
-            terms |= self.on_trajectory(x, y, u, k, j, states, early)
+            u_ema = self.ema.inject(x, memory) if self.student.own_injection else u
+            terms |= self.on_trajectory(y, u, u_ema, k, j, states, early)
         if rollout is not None:
             terms |= self.own_states(u, y, rollout, states[-1], self.every and early is not None)
         return terms
 
-    def on_trajectory(self, x, y, u, k, j, states, early) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def walk(self, u: Tensor, times: list[float]) -> Tensor:
+        """Where the student's own run of Alg. 1 arrives."""
+        z, history = self.teacher.initial(u), None
+        for t in times:
+            z, history = self.student.step(z, t, u, history)
+        return z
+
+    def on_trajectory(self, y, u, u_ema, k, j, states, early) -> dict[str, Tensor]:
         """Eqs. 9, 10 and 14 at the teacher's states; arguments as in `forward`."""
         student, times = self.student, self.student.times
         z_before, z_k, z_j_before, z_j, z_K = states
         before, j_before = (k - 1).clamp(min=0), (j - 1).clamp(min=0)
         with torch.no_grad():
-            u_ema = self.ema.inject(x) if student.own_injection else u
             target = self.ema.g(z_j, z_j_before, times.t(j), times.t(j_before), u_ema)
         history = student.history(z_before, times.t(before), u) if student.anderson else None
         g, (h, _) = student.step(z_k, times.t(k), u, history)

@@ -72,9 +72,10 @@ class Student(nn.Module):
             self.injection = fold(copy.deepcopy(teacher.injection)).requires_grad_(True)
         self.shared = (teacher.injection,)  # in a tuple: no part of this module
 
-    def inject(self, x: Tensor) -> Tensor:
-        """The injection u that h wants, once per input."""
-        return (self.injection if self.own_injection else self.shared[0])(x)
+    def inject(self, x: Tensor, memory=None) -> Tensor:
+        """The injection u that h wants, once per input; arguments as those of Equilibrium."""
+        injection = self.injection if self.own_injection else self.shared[0]
+        return injection(x) if memory is None else injection(x, memory)
 
     def h(self, z: Tensor, t: Time, u: Tensor) -> Tensor:
         """The time-aware layer: one NFE."""

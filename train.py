@@ -406,7 +406,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         ema.cell.compile()
     module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
 
-    draw = functools.partial(student_parts, run, store, student)
+    draw = functools.partial(student_parts, run, store, student, teacher.memory)
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
         return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
@@ -426,8 +426,19 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     barrier(run)
 
 
-def student_parts(run: Trainer, store, student: Student, parts: range) -> Iterator[tuple]:
-    """The arguments of Distillation for each of these parts."""
+def draw_past(run: Trainer, memory: int, rollout, generator: torch.Generator) -> tuple[int, bool]:
+    """How many positions of a window are history, all of it or, in a fifth of the updates as at the
+    start of a stream, none; and whether their states are the student's own."""
+    if not memory:
+        return 0, False
+    past, own = torch.rand(2, generator=generator).tolist()
+    return (memory if past < 0.8 else 0), rollout is not None and own < run.config.own_memory
+
+
+def student_parts(
+    run: Trainer, store, student: Student, memory: int, parts: range
+) -> Iterator[tuple]:
+    """The arguments of Distillation for each of these parts; memory: the teacher's."""
     config, device, mine = run.config, run.device, run.mine
     for part in parts:
         generator = run.generator(1, part)
@@ -441,8 +452,9 @@ def student_parts(run: Trainer, store, student: Student, parts: range) -> Iterat
         states = [z.to(device, torch.float32) for z in store.states(rows, ks[mine])]
         early = task_weights(config, k)[mine].to(device) if config.lam2 > 0 else None
         rollout = draw_run(run, student, generator) if config.rollout > 0 else None
+        past = draw_past(run, memory, rollout, generator)
         k, j = k[mine].to(device), j[mine].to(device)
-        yield x.to(device), y.to(device), k, j, states, early, rollout
+        yield x.to(device), y.to(device), k, j, states, early, rollout, *past
 
 
 def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most: int = 8):

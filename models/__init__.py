@@ -4,26 +4,32 @@ A network is three parts around one state z: an input injection u, a cell f(z, u
 is the representation, and a task head. Nothing outside models/ knows more than this interface.
 """
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class VariationalDropout(nn.Module):
-    """Dropout of whole channels, x (B, C, ...), with one mask for all evaluations of a solve.
+    """Dropout of whole channels, with one mask for all evaluations of a solve and all positions.
+
+    x (B, C, ...), or with dim = -1 (B, ..., C).
 
     A mask drawn anew at every evaluation would leave no fixed point to find. Equilibrium.redraw
     asks for the next mask.
     """
 
-    def __init__(self, p: float):
+    def __init__(self, p: float, dim: int = 1):
         super().__init__()
-        self.p, self.mask = p, None
+        self.p, self.dim, self.mask = p, dim, None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         if self.mask is None:
-            self.mask = F.dropout(x.new_ones(*x.shape[:2], *[1] * (x.dim() - 2)), self.p)
+            shape = [1] * x.dim()
+            shape[0], shape[self.dim] = x.shape[0], x.shape[self.dim]
+            self.mask = F.dropout(x.new_ones(shape), self.p)
         return x * self.mask
 
 
@@ -56,9 +62,10 @@ class Equilibrium(nn.Module):
 
     sample_dims: leading dimensions of z that index problems with their own Anderson weights.
     injection: the module x -> u, evaluated once per input; u's first dimension is the sample.
+    memory: positions of an earlier segment that f sees; 0 where inputs do not follow each other.
     """
 
-    sample_dims = 1
+    sample_dims, memory = 1, 0
     cell: Cell
     injection: nn.Module
 
@@ -68,8 +75,16 @@ class Equilibrium(nn.Module):
     def features(self, z: Tensor) -> list[Tensor]:
         return self.cell.features(z)
 
-    def inject(self, x: Tensor) -> Tensor:
-        return self.injection(x)
+    def inject(self, x: Tensor, memory=None) -> Tensor:
+        """u of an input and of what `remember` gave after the one before, if there was any."""
+        return self.injection(x) if memory is None else self.injection(x, memory)
+
+    def remember(self, u: Tensor, z: Tensor):
+        """What the next segment of a stream sees of this one, without gradient."""
+
+    def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of inputs and labels that are solved one after another."""
+        yield x, y
 
     def initial(self, u: Tensor) -> Tensor:
         """z_0: zeros of the state's shape (footnote 1)."""
@@ -94,4 +109,9 @@ class Equilibrium(nn.Module):
         losses = F.cross_entropy(
             logits.flatten(0, -2), y.flatten(), ignore_index=-1, reduction="none"
         ).view(len(y), -1)
-        return losses.sum(1) / (y.view(len(y), -1) >= 0).sum(1)
+        return losses.sum(1) / labels(y).clamp(min=1)
+
+
+def labels(y: Tensor) -> Tensor:
+    """The number of labels >= 0 of each sample: (B,)."""
+    return (y.reshape(len(y), -1) >= 0).sum(1)

@@ -2,7 +2,8 @@ r"""Explicit networks: the finite-depth references of Tables 2 and 3, from well-
 
 Images: torchvision's networks, trained here or with torchvision's own ImageNet weights. It has no
 HRNet; resnet34 is the nearest in size to HRNet-W18 (21 M parameters).
-Graphs: PyG's layers.
+Graphs: PyG's layers. Text: the layer of models/transformer.py, stacked with weights of its own in
+each, and a TCN (Bai et al., 2018), both between the same embedding and softmax as the DEQ's.
 
 GCN (Kipf & Welling, 2017), GAT (Velickovic et al., 2018) and GCNII (Chen et al., 2020), trained by
 OGB's protocol: full graph, batch normalisation, dropout .5; but for the end of a cosine schedule,
@@ -13,16 +14,27 @@ a project of their own, and no layer library has them.
 Shapes of graphs as in ignn.py: x (1, N, p) -> logits (1, N, classes).
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import UsageError
+from models import labels
 from models.ignn import Graph
+from models.transformer import PRESETS, AdaptiveEmbedding, AdaptiveSoftmax, Context, TransformerCell
 
 
-class Vision(nn.Module):
+class Reference(nn.Module):
+    """What every explicit network gives besides nll(x, y): one input is one part."""
+
+    def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        yield x, y
+
+
+class Vision(Reference):
     """A torchvision network: x (B, colors, H, W) -> logits (B, classes)."""
 
     def __init__(self, net: nn.Module):
@@ -60,7 +72,7 @@ def vision(settings: dict, classes: int) -> Vision:
         raise UsageError(f"--pretrained: {name} cannot be downloaded ({error})") from error
 
 
-class Explicit(nn.Module):
+class Explicit(Reference):
     """A stack of PyG convolutions with BatchNorm, ReLU and dropout between them.
 
     Its layers get the normalised adjacency of `graph`, self-loops included, as sparse rows.
@@ -141,3 +153,86 @@ class GAT(Explicit):
 
 
 EXPLICIT = {"gcn": GCN, "gat": GAT, "gcnii": GCNII}
+
+
+class Language(Reference):
+    """A causal network between adaptive embedding and softmax: words (B, L) -> nll (B,).
+
+    It keeps no state: a segment is read with the `memory` words before it.
+    """
+
+    def __init__(self, words: int, preset: dict, segment: int, memory: int):
+        super().__init__()
+        d, cutoffs = preset["d"], tuple(cut for cut in preset["cutoffs"] if cut < words)
+        self.segment, self.memory = segment, memory
+        self.embedding = AdaptiveEmbedding(words, d, cutoffs)
+        self.softmax, self.drop = AdaptiveSoftmax(self.embedding), nn.Dropout(preset["dropout"])
+        self.net = self.layers(d, preset)
+        for module in (self.embedding, self.softmax):
+            for weight in module.parameters():
+                nn.init.normal_(weight, std=preset.get("std", 0.05))
+
+    def layers(self, d: int, preset: dict) -> nn.Module:
+        """The causal network, (B, L, d) -> (B, L, d)."""
+        raise NotImplementedError
+
+    def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, x.shape[1], self.segment):
+            begin, end = max(0, start - self.memory), start + self.segment
+            told = torch.cat([torch.full_like(y[:, begin:start], -1), y[:, start:end]], dim=1)
+            yield x[:, begin:end], told
+
+    def nll(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy, nats: the mean over the labels >= 0 of each sample, (B,) fp32."""
+        z, told = self.drop(self.net(self.drop(self.embedding(x)))), y >= 0
+        losses = self.softmax.nll(z[told], y[told])
+        total = losses.new_zeros(len(y)).index_add(0, told.nonzero()[:, 0], losses)
+        return total / labels(y).clamp(min=1)
+
+
+class TransformerXL(Language):
+    class Layer(TransformerCell):
+        def forward(self, z: Tensor) -> Tensor:
+            for drop in self.drops:
+                drop.mask = None
+            context = Context(z.new_zeros(1, 1, 1), z.new_zeros(len(z), 0, z.shape[2]))
+            return super().forward(z, context)[0]
+
+    def layers(self, d: int, preset: dict, depth: int = 4) -> nn.Module:
+        options = preset["heads"], preset["inner"], preset["dropout"], False
+        net = nn.Sequential(*(self.Layer(d, *options) for _ in range(depth)))
+        for name, weight in net.named_parameters():
+            if not name.endswith("bias"):
+                nn.init.normal_(weight, std=preset.get("std", 0.05))
+        return net
+
+
+class TCN(Language):
+    """Two dilated causal convolutions a block, kernel 3, dilations 1, 2, 4, ..."""
+
+    class Block(nn.Module):
+        def __init__(self, d: int, dilation: int, dropout: float):
+            super().__init__()
+            convs = (nn.Conv1d(d, d, 3, dilation=dilation) for _ in range(2))
+            self.convs = nn.ModuleList(map(nn.utils.parametrizations.weight_norm, convs))
+            self.dilation, self.drop = dilation, nn.Dropout(dropout)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.mT  # (B, d, L)
+            for conv in self.convs:
+                y = self.drop(conv(F.pad(y, (2 * self.dilation, 0))).relu())
+            return (x + y.mT).relu()
+
+    def layers(self, d: int, preset: dict, depth: int = 5) -> nn.Module:
+        return nn.Sequential(*(self.Block(d, 2**i, preset["dropout"]) for i in range(depth)))
+
+
+LANGUAGE = {"transformer-xl": TransformerXL, "tcn": TCN}
+
+
+def language(settings: dict, words: int, segment: int, memory: int) -> Language:
+    """The network that settings name by `explicit`, of the preset's width."""
+    kind, preset = settings["explicit"], PRESETS[settings["preset"]]
+    if kind not in LANGUAGE:
+        raise UsageError(f"--explicit {kind}: allowed is {' | '.join(LANGUAGE)}")
+    return LANGUAGE[kind](words, preset, segment, memory)

@@ -7,7 +7,6 @@ split; nothing else in the project knows where data comes from.
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +53,16 @@ class Split:
 class Task:
     """A data set with its network and metric.
 
-    score(logits, y): the metric's summand for each sample, (B,); further: more of them by name,
-    reported beside it. read(path): a user's own file as one input (1, ...). network(settings): the
-    teacher that a dict of settings asks for by `preset` and `options`, the settings besides it that
-    this network knows. defaults: settings that suit the task. nfes: columns of its tables. note:
-    said in every table. margin: within it, a metric counts as equal to the teacher's. decays:
-    candidates for the base of the inference schedule. explicit(settings): the reference network of
-    finite depth that they ask for; references: those that the tables have; unmeasured: those whose
-    rows stay empty; rivals: presets whose solvers have rows of their own.
+    score(logits, y): the metric's summand for each sample, (B,), or None where the metric is the
+    perplexity, exp of the mean nll over labels; further: more summands by name, reported beside it.
+    read: a user's own input as x (1, ...), of a path or, for texts, of a line. network(settings):
+    the teacher that a dict of settings asks for by `preset` and `options`, the settings besides it
+    that this network knows. defaults: settings that suit the task. nfes: columns of its tables.
+    note: said in every table. margin: within it, a metric counts as equal to the teacher's; of
+    perplexity, a share. decays: candidates for the base of the inference schedule.
+    explicit(settings): the reference network of finite depth that they ask for; references: those
+    that the tables have; unmeasured: those whose rows stay empty; rivals: presets whose solvers
+    have rows of their own.
     """
 
     name: str
@@ -72,8 +73,8 @@ class Task:
     test: Split
     network: Callable[[dict], Equilibrium]
     presets: tuple[str, ...]
-    score: Callable[[Tensor, Tensor], Tensor]
-    read: Callable[[Path], Tensor]
+    score: Callable[[Tensor, Tensor], Tensor] | None
+    read: Callable[..., Tensor]
     classes: tuple[str, ...]
     further: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     defaults: dict = field(default_factory=dict)
@@ -86,6 +87,12 @@ class Task:
     references: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
+
+    def as_good(self, value: float, teacher: float) -> bool:
+        """Whether a metric counts as equal to the teacher's, or is better."""
+        if self.higher_is_better:
+            return value >= teacher - self.margin
+        return value <= teacher * (1 + self.margin)
 
 
 def positions(n: int, first: int, count: int, seed: int) -> tuple[Tensor, int]:

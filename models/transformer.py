@@ -1,0 +1,323 @@
+r"""The DEQ-Transformer (Bai et al., 2019): one Transformer-XL layer as f, over a segment of tokens.
+
+With c = [z_history; z] the states of M + L positions and u their injection, one evaluation of f is
+
+    q, k, v = W_qkv c + u                                    q of the segment's L positions alone
+    a_ij = ((q_i + b_w) . k_j + (q_i + b_r) . r_{i+M-j}) / sqrt(d_head)           for j <= i + M
+    y = LN(z + W_o softmax(a) v + b_o),   r_n = W_r (sinusoids of the distance n)
+    f = LN(y + W_2 relu(W_1 y + b_1) + b_2)                                     LN without affine
+
+or, with `pre_norm`, LN(c) and LN(y) inside the two branches and none outside. u is a linear map of
+the word's adaptive embedding; the head is an adaptive softmax over the same word vectors.
+
+Shapes: x, y (B, L) words; z (B, L, d), each token a problem of its own (sample_dims = 2): with one
+Anderson weight for a sequence, later words would change earlier predictions.
+
+The `transformer-103` presets are those of locuslab/deq, tensor for tensor, and `published` reads
+its checkpoints. `python -m models.transformer` lists all presets with their sizes.
+
+Departs from the reference: no dropout on attention weights (its configuration has 0).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from models import Cell, Equilibrium, VariationalDropout, labels
+
+WT103 = dict(d=700, heads=10, inner=48_000, cutoffs=(20_000, 40_000, 200_000), std=0.01)
+PRESETS = {
+    "transformer-103": WT103 | dict(dropout=0.05),
+    "transformer-103-pre-ln": WT103 | dict(dropout=0.05, pre_norm=True),
+    # For one GPU, and for a CPU.
+    "transformer-small": dict(d=384, heads=6, inner=3072, cutoffs=(4_000, 20_000), dropout=0.1),
+    "transformer-tiny": dict(d=128, heads=4, inner=512, cutoffs=(2_000, 10_000), dropout=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What f sees beside z: u (B, M + L, 3 d), the injection of history and segment, and
+    states (B, M, d), those of the history."""
+
+    u: Tensor
+    states: Tensor
+
+    def __getitem__(self, rows) -> "Context":
+        return Context(self.u[rows], self.states[rows])
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Word vectors (Baevski & Auli, 2019): rarer words have narrower ones, projected to width d.
+
+    words 0 .. n - 1 by falling frequency; cutoffs: where the next cluster begins, each `div` times
+    narrower than the one before.
+    """
+
+    def __init__(self, n: int, d: int, cutoffs: tuple[int, ...], div: int = 4):
+        super().__init__()
+        self.bounds = list(pairwise((0, *cutoffs, n)))
+        sizes = [(end - start, d // div**i) for i, (start, end) in enumerate(self.bounds)]
+        self.words = nn.ModuleList(nn.Embedding(count, width) for count, width in sizes)
+        self.projections = nn.ModuleList(nn.Linear(width, d, bias=False) for _, width in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Words (...) to vectors (..., d), scaled by sqrt(d)."""
+        d = self.projections[0].out_features
+        vectors = self.words[0].weight.new_zeros(x.numel(), d)
+        parts = zip(self.bounds, self.words, self.projections, strict=True)
+        for (start, end), words, project in parts:
+            here = ((x.flatten() >= start) & (x.flatten() < end)).nonzero()[:, 0]
+            found = project(words(x.flatten()[here] - start)).to(vectors.dtype)
+            vectors = vectors.index_copy(0, here, found)
+        return vectors.view(*x.shape, d) * d**0.5
+
+
+class AdaptiveSoftmax(nn.Module):
+    """Grave et al., 2017, over the embedding's own word vectors (tied).
+
+    Its head scores the frequent words and one entry per tail cluster, the *last* entry for the
+    first cluster, as in the reference.
+    """
+
+    def __init__(self, embedding: AdaptiveEmbedding):
+        super().__init__()
+        self.bounds, self.words = embedding.bounds, embedding.words
+        d, tails = embedding.projections[0].out_features, len(self.bounds) - 1
+        self.biases = nn.ParameterList(torch.zeros(end - start) for start, end in self.bounds)
+        self.projections = nn.ModuleList(
+            nn.Linear(words.embedding_dim, d, bias=False) for words in self.words
+        )
+        self.cluster = nn.Linear(d, tails) if tails else None
+
+    def logits(self, z: Tensor, i: int) -> Tensor:
+        """Of cluster i's words, and for i = 0 of the clusters after them; z (N, d)."""
+        W, b = self.words[i].weight, self.biases[i]
+        if i == 0 and self.cluster is not None:
+            W, b = torch.cat([W, self.cluster.weight]), torch.cat([b, self.cluster.bias])
+        return F.linear(z @ self.projections[i].weight, W, b).float()
+
+    def nll(self, z: Tensor, y: Tensor) -> Tensor:
+        """-log p(y | z), nats, fp32, in token order: z (N, d), y (N,) -> (N,)."""
+        rare = torch.bucketize(y, y.new_tensor([end for _, end in self.bounds[:-1]]), right=True)
+        entry = torch.where(rare == 0, y, self.bounds[0][1] + len(self.bounds) - 1 - rare)
+        losses = F.cross_entropy(self.logits(z, 0), entry, reduction="none")
+        for i, (start, _) in enumerate(self.bounds[1:], 1):
+            here = (rare == i).nonzero()[:, 0]
+            tail = F.cross_entropy(self.logits(z[here], i), y[here] - start, reduction="none")
+            losses = losses.index_add(0, here, tail)
+        return losses
+
+    def log_probabilities(self, z: Tensor) -> Tensor:
+        """Of all words: z (..., d) -> (..., n)."""
+        head = F.log_softmax(self.logits(z, 0), dim=-1)
+        parts = [head[..., : self.bounds[0][1]]]
+        for i in range(1, len(self.bounds)):
+            parts.append(head[..., -i, None] + F.log_softmax(self.logits(z, i), dim=-1))
+        return torch.cat(parts, dim=-1)
+
+
+class TransformerCell(Cell):
+    """f itself. reach: the farthest distance that attention sees."""
+
+    def __init__(
+        self, d: int, heads: int, inner: int, dropout: float, pre_norm: bool, reach: int = 1000
+    ):
+        super().__init__()
+        if d % heads or d % 2:
+            raise ValueError(f"width {d} must be even and divisible by {heads} heads")
+        self.channels, self.heads, self.pre_norm, self.reach = (d,), heads, pre_norm, reach
+        self.qkv, self.r = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.out, self.wide, self.narrow = nn.Linear(d, d), nn.Linear(d, inner), nn.Linear(inner, d)
+        self.b_w, self.b_r = (nn.Parameter(torch.zeros(heads, d // heads)) for _ in range(2))
+        # One mask for all positions of a sequence and all steps of a solve.
+        self.drops = nn.ModuleList(VariationalDropout(dropout, dim=-1) for _ in range(4))
+
+    def forward(self, z: Tensor, u: Context) -> list[Tensor]:
+        drop_r, drop_attention, drop_inner, drop_out = self.drops
+        z = torch.cat([u.states.to(z.dtype), z], dim=1)
+        L, d = z.shape[1] - u.states.shape[1], z.shape[2]
+        q, k, v = (self.qkv(norm(z) if self.pre_norm else z) + u.u).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q = q[:, :, -L:]  # (B, heads, L, d_head), against M + L keys
+        r = self.r(drop_r(distances(z.shape[1], d, z.device).to(z)[None]))[0].unflatten(
+            -1, (self.heads, -1)
+        )
+        bias = shift((q + self.b_r[:, None]) @ r.permute(1, 2, 0)) * q.shape[-1] ** -0.5
+        bias = bias.masked_fill(hidden(L, z.shape[1], self.reach, z.device), -torch.inf)
+        heads = F.scaled_dot_product_attention(q + self.b_w[:, None], k, v, attn_mask=bias)
+        y = z[:, -L:] + drop_attention(self.out(heads.transpose(1, 2).flatten(2)))
+        y = norm(y)  # both variants: before the second branch, or after the first one
+        y = y + drop_out(self.narrow(drop_inner(self.wide(y).relu())))
+        return [y if self.pre_norm else norm(y)]
+
+
+def norm(z: Tensor) -> Tensor:
+    return F.layer_norm(z, z.shape[-1:])
+
+
+def distances(n: int, d: int, device: torch.device) -> Tensor:
+    """Sinusoids of the distances n - 1 .. 0, all sines before all cosines: (n, d)."""
+    wavelengths = 10_000 ** (torch.arange(0, d, 2.0, device=device) / d)
+    angles = torch.arange(n - 1, -1, -1.0, device=device)[:, None] / wavelengths
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def shift(scores: Tensor) -> Tensor:
+    """Scores by distance, (..., L, n) for distances n - 1 .. 0, to scores by key.
+
+    Query i (0 .. L - 1) needs key j at distance i + n - L - j: its row moved left by L - 1 - i. One
+    column more, L entries skipped and the rows read anew do that; what wraps around is the future.
+    """
+    L, n = scores.shape[-2:]
+    padded = F.pad(scores, (1, 0))
+    return padded.flatten(-2)[..., L:].unflatten(-1, (L, n))
+
+
+def hidden(L: int, n: int, reach: int, device: torch.device) -> Tensor:
+    """Whether query i may not see key j: those after it, and those `reach` or more before."""
+    gap = torch.arange(n - L, n, device=device)[:, None] - torch.arange(n, device=device)
+    return (gap < 0) | (gap >= reach)
+
+
+class Injection(nn.Module):
+    """Words (B, L) to the injection of queries, keys and values, after that of `memory`."""
+
+    def __init__(self, n: int, d: int, cutoffs: tuple[int, ...], dropout: float):
+        super().__init__()
+        self.embedding = AdaptiveEmbedding(n, d, cutoffs)
+        self.drop, self.linear = VariationalDropout(dropout, dim=-1), nn.Linear(d, 3 * d)
+
+    def forward(self, x: Tensor, memory: Context | None = None) -> Context:
+        u = self.linear(self.drop(self.embedding(x)))
+        if memory is None:
+            return Context(u, u.new_zeros(len(u), 0, u.shape[2] // 3))
+        return Context(torch.cat([memory.u.to(u.dtype), u], dim=1), memory.states)
+
+
+class DEQTransformer(Equilibrium):
+    """words: the vocabulary's size; segment, memory: positions L and M of a context; std: of the
+    initial weights. Raises ValueError for widths that do not divide."""
+
+    sample_dims = 2
+
+    def __init__(
+        self, words: int, d: int, heads: int, inner: int, cutoffs: tuple[int, ...],
+        dropout: float = 0.0, pre_norm: bool = False, weighted: bool = True, std: float = 0.05,
+        segment: int = 64, memory: int = 64,
+    ):  # fmt: skip
+        super().__init__()
+        self.segment, self.memory = segment, memory
+        cutoffs = tuple(cut for cut in cutoffs if cut < words)
+        self.injection = Injection(words, d, cutoffs, dropout)
+        self.cell = TransformerCell(d, heads, inner, dropout, pre_norm)
+        self.softmax = AdaptiveSoftmax(self.injection.embedding)
+        self.drop = VariationalDropout(dropout, dim=-1)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias") or ".biases." in name:
+                nn.init.zeros_(weight)
+            else:
+                nn.init.normal_(weight, std=std)
+        if weighted:
+            cell = self.cell
+            for linear in (cell.qkv, cell.r, cell.out, cell.wide, cell.narrow):
+                weight_norm(linear)
+        self.project()
+
+    def initial(self, u: Context) -> Tensor:
+        B, M, d = u.states.shape
+        return u.states.new_zeros(B, u.u.shape[1] - M, d)
+
+    def remember(self, u: Context, z: Tensor) -> Context | None:
+        if not self.memory:
+            return None
+        states = torch.cat([u.states, z], dim=1)
+        return Context(*(v[:, -self.memory :].detach() for v in (u.u, states)))
+
+    def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(x.split(self.segment, dim=1), y.split(self.segment, dim=1), strict=True)
+
+    def head(self, z: Tensor) -> Tensor:
+        return self.softmax.log_probabilities(self.drop(z))
+
+    def nll(self, z: Tensor, y: Tensor) -> Tensor:
+        told = y >= 0
+        losses = self.softmax.nll(self.drop(z)[told], y[told])
+        total = losses.new_zeros(len(y)).index_add(0, told.nonzero()[:, 0], losses)
+        return total / labels(y).clamp(min=1)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """The tails' projections are tied. The reference counts them twice, as two parameters with
+        one value; here they are two, and both their mean after every update."""
+        pairs = zip(self.injection.embedding.projections, self.softmax.projections, strict=True)
+        for a, b in list(pairs)[1:]:
+            mean = (a.weight + b.weight) / 2
+            a.weight.copy_(mean), b.weight.copy_(mean)
+
+
+# Names of locuslab/deq's DEQ-Sequence and ours, applied in this order.
+NAMES = (
+    (r"^module\.", ""),  # DataParallel
+    (r"weight_g$", "parametrizations.weight.original0"),
+    (r"weight_v$", "parametrizations.weight.original1"),
+    (r"^word_emb\.emb_layers\.", "injection.embedding.words."),
+    (r"^word_emb\.emb_projs\.", "injection.embedding.projections."),
+    (r"^inject_conv\.", "injection.linear."),
+    (r"^func\.dec_attn\.(qkv|r)_net\.", r"cell.\1."),
+    (r"^func\.dec_attn\.o_net\.", "cell.out."),
+    (r"^func\.dec_attn\.r_([wr])_bias$", r"cell.b_\1"),
+    (r"^func\.pos_ff\.ff1_net\.", "cell.wide."),
+    (r"^func\.pos_ff\.ff2_net\.", "cell.narrow."),
+    (r"^crit\.out_layers\.(\d+)\.weight$", r"softmax.words.\1.weight"),
+    (r"^crit\.out_layers\.(\d+)\.bias$", r"softmax.biases.\1"),
+    (r"^crit\.out_projs\.", "softmax.projections."),
+    (r"^crit\.cluster_", "softmax.cluster."),
+)
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of locuslab/deq's DEQ-Transformer under the names of DEQTransformer, its
+    convolutions of length 1 as the matrices that they are; others stay as they are, so that whoever
+    loads the result sees them."""
+    renamed = {}
+    for name, value in state.items():
+        if name.endswith("pos_emb.inv_freq"):  # a constant
+            continue
+        for pattern, ours in NAMES:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = value.squeeze(-1) if value.dim() == 3 else value
+    return renamed
+
+
+def sizes(preset: str, words: int, segment: int = 150) -> dict[str, int]:
+    """Parameters, those of f, and FLOPs of one f on a segment with a memory as long (multiply and
+    add count as two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = DEQTransformer(words, **PRESETS[preset]).eval()
+    d, M = net.cell.channels[0], segment
+    u = Context(torch.zeros(1, M + segment, 3 * d), torch.zeros(1, M, d))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.f(net.initial(u), u)
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "f": sum(p.numel() for p in net.cell.parameters()),
+        "state": segment * d,
+        "flops": counter.get_total_flops(),
+    }
+
+
+if __name__ == "__main__":
+    print("Vocabulary of 267,735 words (WikiText-103), segments of 150 with a memory of 150")
+    print(f"{'preset':24}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP per f':>14}")
+    for name in PRESETS:
+        row = sizes(name, 267_735)
+        numbers = f"{row['parameters']:14,}{row['f']:14,}{row['state']:10,}"
+        print(f"{name:24}{numbers}{row['flops'] / 1e9:14.3f}")
