@@ -170,7 +170,7 @@ class Language(Reference):
         self.net = self.layers(d, preset)
         for module in (self.embedding, self.softmax):
             for weight in module.parameters():
-                nn.init.normal_(weight, std=preset.get("std", 0.05))
+                nn.init.normal_(weight, std=preset.get("std", 0.1))
 
     def layers(self, d: int, preset: dict) -> nn.Module:
         """The causal network, (B, L, d) -> (B, L, d)."""
@@ -203,7 +203,7 @@ class TransformerXL(Language):
         net = nn.Sequential(*(self.Layer(d, *options) for _ in range(depth)))
         for name, weight in net.named_parameters():
             if not name.endswith("bias"):
-                nn.init.normal_(weight, std=preset.get("std", 0.05))
+                nn.init.normal_(weight, std=preset.get("std", 0.1))
         return net
 
 

@@ -209,7 +209,7 @@ class DEQTransformer(Equilibrium):
 
     def __init__(
         self, words: int, d: int, heads: int, inner: int, cutoffs: tuple[int, ...],
-        dropout: float = 0.0, pre_norm: bool = False, weighted: bool = True, std: float = 0.05,
+        dropout: float = 0.0, pre_norm: bool = False, weighted: bool = True, std: float = 0.1,
         segment: int = 64, memory: int = 64,
     ):  # fmt: skip
         super().__init__()
