@@ -2,6 +2,7 @@ r"""Side by side: every method at equal NFE, over seeds, with time and memory; a
 
     python compare.py --task digits --seeds 0 1 2          main table  -> results/digits.json
     python compare.py --task digits --seeds 0 1 2 --ablation  -> digits-ablation.json
+    python compare.py --task pydoc --seeds 0 --grid        Table 4     -> pydoc-grid.json
 
 Each run that is missing is trained first, by the train.py command that the JSON names. Beside every
 JSON stand the same numbers as a Markdown table and a figure. Times are medians of methods that take
@@ -9,6 +10,7 @@ turns in one process, so that a busy machine slows them alike. What was not meas
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -28,7 +30,7 @@ from anderson import Counter, anderson, picard
 from checkpoint import UsageError, atomic, plain_errors, provenance, versions
 from config import TASKS, command_line, open_task
 from infer import Method, Run
-from tasks import Task
+from tasks import Task, text
 
 # Fig. 3, and each ingredient of the default recipe removed in turn.
 ABLATIONS = {
@@ -44,19 +46,39 @@ ABLATIONS = {
 }
 
 
+# Table 4.
+LAM1, LAM2 = ("0", "0.2", "0.4", "0.6", "0.8", "1"), ("0", "0.05")
+GRID = {
+    f"lam1-{lam1}-lam2-{lam2}": ["--lam1", lam1, "--lam2", lam2] for lam1 in LAM1 for lam2 in LAM2
+}
+# Students beside the default one in a task's main table.
+VARIANTS = {"paper": ["--recipe", "paper"]}
+TEXT_VARIANTS = {"no-task": ["--lam2", "0"]}
+
+
 def methods(run: Run) -> dict[str, Method]:
-    """Every solver of a run behind one signature, each with the counter of its evaluations."""
-    net, table = run.teacher, {}
-    for name, solver, options in (("picard", picard, {}), ("anderson", anderson, run.solver())):
+    """Every solver of a run behind one signature, each with the counter of its evaluations. Where
+    tokens have Anderson weights of their own, "-shared" is the same with one weight vector for a
+    whole sequence, which lets the future leak into earlier predictions."""
+    net, options = run.teacher, run.solver()
+    solvers = {"picard": (picard, {}), "anderson": (anderson, options)}
+    if net.sample_dims > 1:
+        solvers["anderson-shared"] = anderson, options | {"sample_dims": 1}
+    table = {}
+    for name, (solver, options) in solvers.items():
         f = Counter(net.f)
 
         def solve(z0, u, nfe, last=False, f=f, solver=solver, options=options):
-            dims = net.sample_dims
-            return solver(lambda z: f(z, u), z0, nfe, last=last, sample_dims=dims, **options)
+            options = {"sample_dims": net.sample_dims, "last": last} | options
+            return solver(lambda z: f(z, u), z0, nfe, **options)
 
         table[name] = Method(solve, net.inject, f)
     for name, (student, decay) in run.students.items():
         table[label(name)] = infer.counted(student, decay)
+        if net.sample_dims > 1 and not name:
+            shared = copy.copy(student)
+            shared.two_point = student.two_point | {"sample_dims": 1}
+            table["cdeq-shared"] = infer.counted(shared, decay)
     return table
 
 
@@ -150,7 +172,7 @@ def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
     converged teacher's, less the task's margin; None where it never does within K."""
     task, K = run.task, run.config["K"]
     nfes = tuple(range(1, K + 1))
-    curves = infer.evaluate(run, table, task.valid, nfes, batch, memory="teacher")
+    curves = infer.evaluate(run, table, task.to_choose(), nfes, batch, memory="teacher")
     teacher = curves["anderson"][-1]["value"]
     fewest = {}
     for name, rows in curves.items():
@@ -175,6 +197,7 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
     for name, net in run.explicit.items():
         params = sum(p.numel() for p in net.parameters())
         found = infer.evaluate_explicit(run, net, data, batch)
+        found["valid"] = infer.evaluate_explicit(run, net, run.task.valid, batch)["value"]
         rows.append({"method": name, "nfe": None, **found, "params": params})
     spent = cost(run, table, wanted | further, batch)
     for row in rows:
@@ -186,7 +209,9 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
 @torch.no_grad()
 def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     """Evaluates every method of a run; the form of report.json and of results/."""
-    task, table = run.task, methods(run)
+    task, table, K = run.task, methods(run), run.config["K"]
+    converged = {"anderson": table["anderson"]}
+    valid = infer.evaluate(run, converged, task.valid, (K,), batch, "teacher")["anderson"][0]
     end = "anderson", run.config["K"]
     equal = {key for key in equals(run, table, batch).items() if key[1]}
     rows, points, spent = measured(run, table, split, batch, equal | {end})
@@ -215,7 +240,12 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "dtype": run.config["dtype"],
         "batch": min(batch, len(getattr(task, split))),
-        "teacher": {**points[end], "params": parameters(run, "anderson")},
+        "teacher": {
+            **points[end],
+            "valid": valid["value"],
+            "params": parameters(run, "anderson"),
+        },
+        "memory": memories(run, table, split, batch),
         "rows": rows,
         "margin": task.margin,
         "equal": equal_rows,
@@ -224,8 +254,23 @@ def report(run: Run, split: str = "test", batch: int = 128) -> dict:
     }
 
 
+def memories(run: Run, table: dict, split: str, batch: int) -> list[dict]:
+    """Of networks that see the segment before: rows of Anderson and the student by whose states
+    these were. Empty for others."""
+    if not run.teacher.memory:
+        return []
+    data, of = getattr(run.task, split), {k: table[k] for k in ("anderson", "cdeq") if k in table}
+    return [
+        {"method": name, "memory": kind, "nfe": row["nfe"], "value": row["value"]}
+        for kind in ("teacher", "none")
+        for name, rows in infer.evaluate(run, of, data, None, batch, kind).items()
+        for row in rows
+    ]
+
+
 def parameters(run: Run, method: str) -> int:
     """Trainable numbers that a method needs: the teacher's, and the student's beside them."""
+    method = method.removesuffix("-shared")
     networks = [run.teacher, *(s for name, (s, _) in run.students.items() if label(name) == method)]
     return sum(p.numel() for net in networks for p in net.parameters())
 
@@ -234,7 +279,7 @@ def merge(reports: list[dict]) -> dict:
     """One report over seeds: means of every number, the metric's std (n - 1) and n."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
-    metrics = ("value", "top5", "nll", "residual", "distance")
+    metrics = ("value", "valid", "top5", "nll", "residual", "distance")
     numbers = (*metrics, "seconds_per_batch", "peak_memory_bytes")
 
     def mean(rows: list[dict]) -> dict:
@@ -252,6 +297,9 @@ def merge(reports: list[dict]) -> dict:
         for rows in grouped(reports, "equal", ("method",))
         if len(rows) == len(reports)
     ]
+    result["memory"] = [
+        mean(rows) for rows in grouped(reports, "memory", ("method", "memory", "nfe"))
+    ]
     result["decay"] = {
         name: [base for r in reports for base in r["decay"].get(name, [])]
         for name in {name: None for r in reports for name in r["decay"]}
@@ -267,19 +315,21 @@ def grouped(reports: list[dict], part: str, keys: tuple[str, ...]) -> list[list[
     return list(groups.values())
 
 
-def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_batch")) -> str:
+TITLES = {
+    "value": "{metric}, {split} split",
+    "distance": "distance to the equilibrium, |z - z*| / |z*|",
+    "residual": "relative residual, |f(z) - z| / |z|",
+    "seconds_per_batch": "seconds per batch of {batch}, {device}",
+}
+
+
+def markdown(result: dict, keys: tuple[str, ...] = tuple(TITLES)) -> str:
     """The report as tables: a row per method, a column per NFE."""
     implicit = [row for row in result["rows"] if row["nfe"]]
     explicit = [row for row in result["rows"] if not row["nfe"]]
     nfes = sorted({row["nfe"] for row in implicit})
     cells = {(row["method"], row["nfe"]): row for row in implicit}
     teacher = result["teacher"]
-    titles = {
-        "value": f"{result['metric']}, {result['split']} split",
-        "distance": "distance to the equilibrium, |z - z*| / |z*|",
-        "residual": "relative residual, |f(z) - z| / |z|",
-        "seconds_per_batch": f"seconds per batch of {result['batch']}, {result['device']}",
-    }
     seeds = ", ".join(map(str, result["seeds"]))
 
     def few(row: dict) -> str:
@@ -294,7 +344,12 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         f"`{result['command']}` at commit {result['commit'][:12]}.",
     ]
     for key in keys:
-        lines += ["", f"## {titles[key]}", "", "| method | " + " | ".join(map(str, nfes)) + " |"]
+        lines += [
+            "",
+            f"## {TITLES[key].format(**result)}",
+            "",
+            "| method | " + " | ".join(map(str, nfes)) + " |",
+        ]
         lines.append("|---" * (len(nfes) + 1) + "|")
         for method in dict.fromkeys(row["method"] for row in implicit):
             row = [number(cells[method, nfe], key) for nfe in nfes]
@@ -308,8 +363,10 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
         row = [number(cells[method, nfe], "peak_memory_bytes") for nfe in nfes]
         params = number(cells[method, nfes[0]], "params")
         lines.append(f"| {method} | {params} | {' | '.join(row)} |")
-    lines += equal_lines(result)
-    columns = ("value", "params", "seconds_per_batch", "peak_memory_bytes")
+    lines += equal_lines(result) + memory_lines(result, nfes)
+    columns = ("value", "valid", "params", "seconds_per_batch", "peak_memory_bytes")
+    if not any("valid" in row for row in explicit):  # tables made before it was measured
+        columns = tuple(column for column in columns if column != "valid")
     if explicit:
         lines += ["", "## networks of finite depth", "", f"| network | {' | '.join(columns)} |"]
         lines.append("|---" * (len(columns) + 1) + "|")
@@ -319,13 +376,34 @@ def markdown(result: dict, keys=("value", "distance", "residual", "seconds_per_b
     return "\n".join(lines) + "\n"
 
 
+def memory_lines(result: dict, nfes: list[int]) -> list[str]:
+    """The metric by whose states the segment before is seen by, where there is one."""
+    rows = {(r["method"], r["memory"], r["nfe"]): r for r in result.get("memory") or []}
+    if not rows:
+        return []
+    rows |= {
+        (r["method"], "own", r["nfe"]): r
+        for r in result["rows"]
+        if r["method"] in {method for method, _, _ in rows}
+    }
+    lines = ["", f"## {result['metric']} by the memory of the segment before", ""]
+    lines += [f"| method | memory | {' | '.join(map(str, nfes))} |", "|---" * (len(nfes) + 2) + "|"]
+    for method in dict.fromkeys(method for method, _, _ in rows):
+        for kind in ("own", "teacher", "none"):
+            cells = " | ".join(number(rows[method, kind, nfe], "value") for nfe in nfes)
+            lines.append(f"| {method} | {kind} | {cells} |")
+    return lines
+
+
 def equal_lines(result: dict) -> list[str]:
     """The table of evaluations and seconds to the converged teacher's metric, less the margin."""
-    before = result["injection_seconds"]
+    margin, before = f"less {result['margin']:g}", result["injection_seconds"]
+    if not result["higher_is_better"]:
+        margin = f"within {result['margin']:.0%}"
     whole = {row["method"]: before + row["seconds_per_batch"] for row in result["equal"]}
     lines = [
         "",
-        f"## as good as the converged teacher, less {result['margin']:g} (chosen on validation)",
+        f"## as good as the converged teacher, {margin} (chosen on validation)",
         "",
         f"Times are from the injected input to the logits; the injection takes {before:.4f} s.",
         "",
@@ -348,6 +426,8 @@ def number(row: dict, key: str) -> str:
         return ""
     if key == "value":
         return f"{row['value']:.2f}{spread(row)}"
+    if key == "valid":
+        return f"{row['valid']:.2f}"
     return f"{row[key]:,.0f}" if key in ("params", "peak_memory_bytes") else f"{row[key]:.4f}"
 
 
@@ -389,14 +469,26 @@ def figure(result: dict, path: Path) -> None:
     pyplot.close(canvas)
 
 
-def write(result: dict, stem: Path, **options) -> str:
-    """STEM.json, STEM.md and STEM.png; returns the Markdown."""
-    text = markdown(result, **options)
+def write(result: dict, stem: Path, text: str = "", **options) -> str:
+    """STEM.json, STEM.md and STEM.png; returns the Markdown. text: further tables for its end."""
+    text = markdown(result, **options) + text
     for suffix, contents in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
         with atomic(stem.with_suffix(suffix)) as file:
             file.write(contents.encode())
     figure(result, stem.with_suffix(".png"))
     return text
+
+
+def grid_lines(result: dict) -> str:
+    """Table 4: the metric at the most evaluations, lam2 down, lam1 across."""
+    most = max(row["nfe"] for row in result["rows"] if row["nfe"])
+    rows = {row["method"]: row for row in result["rows"] if row["nfe"] == most}
+    lines = ["", f"## {result['metric']} at NFE {most} by loss weights", ""]
+    lines += [f"| lam2 \\ lam1 | {' | '.join(LAM1)} |", "|---" * (len(LAM1) + 1) + "|"]
+    for lam2 in LAM2:
+        cells = (number(rows[f"cdeq-lam1-{lam1}-lam2-{lam2}"], "value") for lam1 in LAM1)
+        lines.append(f"| {lam2} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def train(*flags: str) -> None:
@@ -474,15 +566,17 @@ def main(argv: list[str]) -> None:
         "--results", type=Path, default=Path("results"), help="folder of the JSON, table and figure"
     )
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
+    add("--grid", action="store_true", help="Table 4: the loss weights lam1 and lam2")
     args = parser.parse_args(argv)
+    variants, name, keys = {"": []} | VARIANTS, args.task, tuple(TITLES)
+    if args.task in text.TASKS:
+        variants |= TEXT_VARIANTS
     if args.ablation:
-        variants = {"": []} | ABLATIONS
-        result = table_over_seeds(args.task, args.seeds, variants, args.flags, args.finished)
-        print(write(result, args.results / f"{args.task}-ablation", keys=("value", "distance")))
-    else:
-        variants = {"": [], "paper": ["--recipe", "paper"]}
-        result = table_over_seeds(args.task, args.seeds, variants, args.flags, args.finished)
-        print(write(result, args.results / args.task))
+        variants, name, keys = {"": []} | ABLATIONS, f"{args.task}-ablation", ("value", "distance")
+    if args.grid:
+        variants, name, keys = GRID, f"{args.task}-grid", ("value", "distance")
+    result = table_over_seeds(args.task, args.seeds, variants, args.flags, args.finished)
+    print(write(result, args.results / name, grid_lines(result) if args.grid else "", keys=keys))
 
 
 if __name__ == "__main__":

@@ -349,10 +349,11 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     one nearest to the equilibrium: differences below that are noise on a small split.
     """
     sign = 1 if run.task.higher_is_better else -1
+    split = run.task.to_choose()
     candidates = {decay: counted(student, decay) for decay in run.task.decays}
     scores = {
         decay: {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
-        for decay, rows in evaluate(run, candidates, run.task.valid, memory="teacher").items()
+        for decay, rows in evaluate(run, candidates, split, memory="teacher").items()
     }
     best = max(sign * score["value"] for score in scores.values())
     good = [d for d in scores if sign * scores[d]["value"] >= best - 0.005 * abs(best)]

@@ -6,7 +6,8 @@ What is measured: a step of Anderson acceleration against torchdeq's and against
 memory that it makes; the states that its window holds; a step of the student against a bare
 evaluation of f, on digits and on MDEQ for ImageNet, and that f against a matrix product; IGNN's f
 on random graphs of 10^4 to 10^7 edges, and on ogbn-arxiv where that is at hand, against the bare
-sparse and the bare dense product; and the memory of answers and of a run on ogbn-arxiv.
+sparse and the bare dense product; the memory of answers by NFE, of texts for Table 5; and that of a
+run on ogbn-arxiv.
 """
 
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 import compare
 import infer
@@ -107,39 +109,59 @@ def digits_step() -> list[dict]:
     return student_overhead(net, task.train.batch(torch.arange(128))[0], 800)
 
 
-@torch.no_grad()
-def imagenet_step(preset: str = "imagenet-small", batch: int = 4) -> dict:
-    """At 224 x 224: `student_overhead`; FLOPs a second of f as a share of a matrix product's; and
-    the most bytes that one answer takes by NFE, its network and input included."""
-    from models.mdeq import MDEQ, PRESETS, sizes
+def example(preset: str, batch: int) -> tuple[Equilibrium, Tensor, int]:
+    """An untrained network with an input, photographs of 224 x 224 or 150 words of WikiText-2's
+    vocabulary; and FLOPs of one f on that input."""
+    from models import mdeq, transformer
 
     torch.manual_seed(0)
-    net, x = MDEQ(**PRESETS[preset]).eval(), torch.randn(batch, 3, 224, 224)
-    rows = student_overhead(net, x, 16)
+    if preset in mdeq.PRESETS:
+        net, x = mdeq.MDEQ(**mdeq.PRESETS[preset]), torch.randn(batch, 3, 224, 224)
+    else:
+        words = 33_278
+        net = transformer.DEQTransformer(words, **transformer.PRESETS[preset])
+        x = torch.randint(words, (batch, 150))
+    u = net.eval().inject(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.f(net.initial(u), u)
+    return net, x, counter.get_total_flops()
+
+
+@torch.no_grad()
+def preset_step(preset: str, batch: int, nfes: tuple[int, ...], repeats: int = 16) -> dict:
+    """`student_overhead`; FLOPs a second of f as a share of a matrix product's; and the most bytes
+    that one answer of the student and of Anderson takes by NFE, network and input included."""
+    net, x, flops = example(preset, batch)
+    rows = student_overhead(net, x, repeats)
     A = torch.randn(2048, 2048)
     product = statistics.median(interleaved({"": lambda: A @ A}, 9, A.device)[""])
-    share = sizes(preset)["flops"] * batch / rows[0]["seconds"]["f"] / (2 * 2048**3 / product)
-    code = "import speed; print(speed.answer_peak({!r}, {}, {}))"
-    peaks = {nfe: float(fresh(code.format(preset, batch, nfe))) for nfe in (1, 2, 26)}
+    code = "import speed; print(speed.answer_peak({!r}, {}, {}, {!r}))"
     return {
         "preset": preset,
         "student_step": rows,
-        "matmul_share": share,
-        "answer_peak_bytes": peaks,
+        "matmul_share": flops / rows[0]["seconds"]["f"] / (2 * 2048**3 / product),
+        "answer_peak_bytes": {
+            method: {nfe: float(fresh(code.format(preset, batch, nfe, method))) for nfe in nfes}
+            for method in ("cdeq", "anderson")
+        },
     }
 
 
 @torch.no_grad()
-def answer_peak(preset: str, batch: int, nfe: int) -> int:
-    """Peak memory in bytes of a process that answers once, from images to logits."""
-    from models.mdeq import MDEQ, PRESETS
-
-    net, x = MDEQ(**PRESETS[preset]).eval(), torch.randn(batch, 3, 224, 224)
-    student = untrained(net)
+def answer_peak(preset: str, batch: int, nfe: int, method: str) -> int:
+    """Peak memory in bytes of a process that answers once, from the input to logits or, for a
+    text, to the likelihoods of its words."""
+    net, x, _ = example(preset, batch)
+    student, text = untrained(net), net.sample_dims > 1
 
     def job() -> None:
-        u = student.inject(x)
-        net.head(cdeq(student, net.initial(u), u, nfe, 0.8, True))
+        u = net.inject(x)
+        if method == "cdeq":
+            z = cdeq(student, net.initial(u), u, nfe, 0.8, True)
+        else:
+            f = lambda z: net.f(z, u)  # noqa: E731
+            z = anderson(f, net.initial(u), nfe, sample_dims=net.sample_dims, last=True)
+        net.nll(z, x) if text else net.head(z)
 
     job()
     return compare.peak_memory(job, x.device)
@@ -235,7 +257,8 @@ def speed(data: Path) -> dict:
     states = float(fresh("import speed; print(speed.window_memory())"))
     result["window_memory_states"] = {"m": 6, "states": states}
     result["student_step"] = digits_step()
-    result["imagenet"] = imagenet_step()
+    result["imagenet"] = preset_step("imagenet-small", 4, (1, 2, 26))
+    result["text"] = preset_step("transformer-small", 8, (1, 10, 20, 30, 40))
     result["graph_scaling"] = graph_scaling()
     result["arxiv"] = arxiv(data)
     try:

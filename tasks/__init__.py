@@ -59,7 +59,8 @@ class Task:
     the teacher that a dict of settings asks for by `preset` and `options`, the settings besides it
     that this network knows. defaults: settings that suit the task. nfes: columns of its tables.
     note: said in every table. margin: within it, a metric counts as equal to the teacher's; of
-    perplexity, a share. decays: candidates for the base of the inference schedule.
+    perplexity, a share. decays: candidates for the base of the inference schedule. choice: samples
+    of the validation split that it and the tables' equal NFE are chosen on, 0 for all.
     explicit(settings): the reference network of finite depth that they ask for; references: those
     that the tables have; unmeasured: those whose rows stay empty; rivals: presets whose solvers
     have rows of their own.
@@ -83,10 +84,17 @@ class Task:
     note: str = ""
     margin: float = 0.5
     decays: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
+    choice: int = 0
     explicit: Callable[[dict], nn.Module] | None = None
     references: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
+
+    def to_choose(self) -> Split:
+        """The part of the validation split that choices are made on."""
+        if not self.choice:
+            return self.valid
+        return Split(*self.valid.batch(torch.arange(min(self.choice, len(self.valid)))))
 
     def as_good(self, value: float, teacher: float) -> bool:
         """Whether a metric counts as equal to the teacher's, or is better."""

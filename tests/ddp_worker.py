@@ -16,6 +16,7 @@ import train
 from fpode import TimeMap
 from losses import Distillation, TeacherLoss
 from models.mdeq import MDEQ
+from models.transformer import DEQTransformer
 from student import Student
 from tasks import Split
 
@@ -41,6 +42,21 @@ def gap(module, network, batch) -> float:
     return ((whole - parts).abs().max() / whole.abs().max()).item()
 
 
+def text_gaps() -> tuple[float, float]:
+    """Those of a language model's student, half of each window being memory, and teacher."""
+    torch.manual_seed(0)
+    net = DEQTransformer(40, 16, 2, 24, (20,), segment=5, memory=5)
+    student = Student(net, TimeMap(rho=0.3, K=6))
+    frozen = copy.deepcopy(net).requires_grad_(False)
+    module = Distillation(frozen, student, copy.deepcopy(student).requires_grad_(False))
+    x, y = torch.randint(40, (2, 8, 10))
+    k, states = torch.arange(8) % 6, tuple(torch.randn(5, 8, 10, 16))
+    times = student.times.schedule(3, 0.8)
+    batch = (x, y, k, k + 1, states, torch.ones(8), times, 5, True)
+    probe = torch.randn(8, 10, 16)
+    return gap(module, student, batch), gap(TeacherLoss(net, 2, 2, 0.8), net, (x, y, probe))
+
+
 def main(folder: str) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
@@ -57,6 +73,7 @@ def main(folder: str) -> None:
     batch = (x, y, k, k + 1, states, torch.ones(8), times)
     teacher = TeacherLoss(net, steps=2, phantom=2, tau=0.8)
     gaps = gap(distillation, student, batch), gap(teacher, net, (x, y, torch.randn_like(z[0])))
+    gaps += text_gaps()
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
     row = infer.evaluate(run, compare.methods(run), odd, (2,))["cdeq"][0]
