@@ -30,6 +30,7 @@ from anderson import Counter, anderson, picard
 from checkpoint import UsageError, atomic, plain_errors, provenance, versions
 from config import TASKS, command_line, open_task
 from infer import Method, Run
+from models.learned_solver import learned
 from tasks import Task, text
 
 # Fig. 3, and each ingredient of the default recipe removed in turn.
@@ -71,6 +72,14 @@ def methods(run: Run) -> dict[str, Method]:
         def solve(z0, u, nfe, last=False, f=f, solver=solver, options=options):
             options = {"sample_dims": net.sample_dims, "last": last} | options
             return solver(lambda z: f(z, u), z0, nfe, **options)
+
+        table[name] = Method(solve, net.inject, f)
+    for name, solver in run.learned.items():
+        f = Counter(net.f)
+
+        def solve(z0, u, nfe, last=False, f=f, solver=solver):
+            z0, options = solver.initial(u), {"sample_dims": net.sample_dims, "last": last}
+            return learned(lambda z: f(z, u), z0, nfe, solver=solver, **options)
 
         table[name] = Method(solve, net.inject, f)
     for name, (student, decay) in run.students.items():
@@ -272,6 +281,7 @@ def parameters(run: Run, method: str) -> int:
     """Trainable numbers that a method needs: the teacher's, and the student's beside them."""
     method = method.removesuffix("-shared")
     networks = [run.teacher, *(s for name, (s, _) in run.students.items() if label(name) == method)]
+    networks += [solver for name, solver in run.learned.items() if name == method]
     return sum(p.numel() for net in networks for p in net.parameters())
 
 

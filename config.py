@@ -30,7 +30,10 @@ TASKS = images.TASKS | graphs.TASKS | text.TASKS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-TEACHER, STUDENT, EXPLICIT, BOTH, RUN = "teacher", "student", "explicit", "both", "run"
+TEACHER, STUDENT, EXPLICIT, LEARNED = "teacher", "student", "explicit", "learned solver"
+BOTH, RUN = "both", "run"
+LEARNED_SOLVERS = ("hyperdeq", "ignn-solver")
+STAGES = ("all", "teacher", "student", "evaluate", "explicit", *LEARNED_SOLVERS)
 
 
 def opt(default, help: str, allowed: str = "", group: str = RUN):
@@ -111,6 +114,10 @@ class Config:
     rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
     rollout_every: bool = opt(False, "train all of them, on task loss too", "", STUDENT)
     own_memory: float = opt(0.5, "P(a text's memory is the student's)", ">= 0 and <= 1", STUDENT)
+    # Learned solvers
+    solver_updates: int = opt(600, "updates of a learned solver", ">= 1", LEARNED)
+    solver_lr: float = opt(8e-3, "peak learning rate of AdamW, cosine to 0", "> 0", LEARNED)
+    solver_run: int = opt(8, "steps of its run that are trained", ">= 1", LEARNED)
     # Explicit reference networks
     explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
     explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
@@ -126,7 +133,7 @@ class Config:
     chunk: int = opt(128, "samples solved together, and per shard", ">= 1")
     reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
     # This start of the command
-    stage: str = opt("all", "what to do", "all | teacher | student | evaluate | explicit")
+    stage: str = opt("all", "what to do", " | ".join(STAGES))
     explicit: str = opt("", "network of --stage explicit: gcn, gat, gcnii; torchvision's names")
     teacher: str = opt("", "a teacher's file to take over: ours, or locuslab/deq's MDEQ")
     data: str = opt("data", "folder of the data sets, or a user's own file")

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from anderson import Counter, anderson
 from checkpoint import UsageError, contents_of, fingerprint, load, ours, plain_errors
-from config import command_line, open_task
+from config import LEARNED_SOLVERS, command_line, open_task
 from fpode import TimeMap
 from models import Equilibrium, labels, mdeq, transformer
+from models.learned_solver import LearnedSolver
 from student import Student
 from tasks import Split, Task
 
@@ -78,7 +79,8 @@ def anytime(
 
 @dataclass
 class Run:
-    """A run folder's networks, ready to answer: the teacher, and each finished student by name."""
+    """A run folder's networks, ready to answer: the teacher, and by name each finished student,
+    explicit network and learned solver."""
 
     folder: Path
     task: Task
@@ -86,6 +88,7 @@ class Run:
     teacher: Equilibrium
     students: dict[str, tuple[Student, float]]  # name -> (EMA student, decay)
     explicit: dict[str, nn.Module]
+    learned: dict[str, LearnedSolver]
     device: torch.device
 
     def solver(self) -> dict:
@@ -131,6 +134,14 @@ def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     return Student(teacher, times, *(config[key] for key in options))
 
 
+def build_learned(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:
+    """A fresh learned solver; UsageError where the teacher is not of its kind."""
+    try:
+        return LearnedSolver(teacher, m, graph_net=kind == "ignn-solver")
+    except ValueError as error:
+        raise UsageError(f"--stage {kind}: {error}") from error
+
+
 def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> Run:
     """Loads a run folder; names: students to load, all finished ones by default; data: where the
     data set is now, if not where it was in training."""
@@ -166,7 +177,14 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
             foreign = saved["config"].get("pretrained")
             name = f"{kind} (torchvision's weights)" if foreign else kind
             explicit[name] = net.to(device).eval()
-    return Run(folder, task, config, teacher, students, explicit, device)
+    learned = {}
+    for kind in LEARNED_SOLVERS:
+        saved = load(folder / f"{kind}.pt", kind) if (folder / f"{kind}.pt").exists() else None
+        if saved and saved["step"] >= saved["config"]["solver_updates"]:
+            solver = build_learned(teacher, kind, saved["config"]["m"])
+            solver.load_state_dict(saved["model"])
+            learned[kind] = solver.to(device).eval().requires_grad_(False)
+    return Run(folder, task, config, teacher, students, explicit, learned, device)
 
 
 LIBC = ctypes.CDLL(None)  # the process's own symbols: the C library among them

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from anderson import anderson
 from models import Equilibrium
+from models.learned_solver import LearnedSolver
 from student import Student
 
 
@@ -137,6 +138,33 @@ class Distillation(nn.Module):
             z, history = g.detach(), tuple(v.detach() for v in now)
         terms = {"rollout": torch.stack(errors).mean()}
         return terms | ({"rollout_task": torch.stack(nll).mean()} if task else {})
+
+
+class LearnedSolverLoss(nn.Module):
+    """What trains a LearnedSolver (Bai et al., 2022): no labels, f frozen.
+
+    steps: of its own run, each pulled to z_K, the k-th with a weight in proportion to k; no
+    gradient goes through f or from one step into the last.
+    """
+
+    def __init__(self, solver: LearnedSolver, steps: int):
+        super().__init__()
+        self.solver, self.steps = solver, steps
+
+    def forward(self, x: Tensor, z_K: Tensor, step: int) -> dict[str, Tensor]:
+        """x, z_K (B, ...); step: of the training, for the vanishing weight of `residual`."""
+        net, cell, solver = self.solver.teacher[0], self.solver.teacher[0].cell, self.solver
+        with torch.no_grad():
+            u = net.inject(x)
+        z = solver.initial(u)
+        terms = {"start": 5 * distance(z, z_K, cell).mean()}
+        advance, path, mixed = solver.stepper(lambda z: net.f(z, u)), 0.0, 0.0
+        for k in range(1, self.steps + 1):
+            z, _, gap = advance(z.detach())
+            weight = 2 * k / (self.steps * (self.steps + 1))
+            path = path + weight * (distance(z, z_K, cell) + 1e-12).sqrt().mean()
+            mixed = mixed + gap.abs().mean() / self.steps
+        return terms | {"path": 0.1 * path, "residual": 1e-4 * max(1 - step / 1000, 0.005) * mixed}
 
 
 class TeacherLoss(nn.Module):

@@ -33,9 +33,9 @@ import compare
 import infer
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
-from config import BOTH, DTYPES, EXPLICIT, STUDENT, TEACHER, Config, parse
+from config import BOTH, DTYPES, EXPLICIT, LEARNED, LEARNED_SOLVERS, STUDENT, TEACHER, Config, parse
 from fpode import contraction, propose_rho
-from losses import Distillation, TeacherLoss, total
+from losses import Distillation, LearnedSolverLoss, TeacherLoss, total
 from models import Equilibrium
 from student import Student, update_ema
 from tasks import Task, positions
@@ -355,6 +355,31 @@ def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
     return trajectories.Rolling(*common, slots=slots, **options)
 
 
+def train_learned(run: Trainer, teacher: Equilibrium) -> None:
+    """A learned solver of the same teacher, on the same trajectories' ends as the student."""
+    config, kind = run.config, run.config.stage
+    path = run.folder / f"{kind}.pt"
+    if finished(path, kind, config.solver_updates):
+        run.bind(path, load(path, kind)["config"], LEARNED, BOTH)
+        return
+    torch.manual_seed(config.seed)
+    solver = infer.build_learned(teacher, kind, config.m).to(run.device)
+    store = make_store(run, teacher)
+
+    def draw(parts: range) -> Iterator[tuple]:
+        for part in parts:
+            x, _, rows = store.batch(part)
+            (z_K,) = store.states(rows, torch.full((len(rows), 1), config.K))
+            yield x.to(run.device), z_K.to(run.device, torch.float32), part // config.accumulate
+
+    steps, lr = config.solver_updates, config.solver_lr
+    optimizer = torch.optim.AdamW(solver.parameters(), lr=lr, weight_decay=0.005)
+    module, sum_of = LearnedSolverLoss(solver, config.solver_run), lambda terms: sum(terms.values())
+    extra = dict(teacher=fingerprint(teacher))
+    run.fit(kind, path, module, solver, sum_of, draw, steps, optimizer, lambda: None, **extra)
+    barrier(run)
+
+
 def draw_steps(config: Config, n: int, generator: torch.Generator) -> Tensor:
     """k of n samples: uniform on 1 .. K (Alg. 2, l. 3), or with k = 0 oversampled."""
     if config.k0 == 0:
@@ -502,7 +527,7 @@ def barrier(run: Trainer) -> None:
 def train_and_evaluate(run: Trainer) -> None:
     """Teacher, trajectories, student, report: what is missing of the stages asked for."""
     config, path = run.config, run.folder / "teacher.pt"
-    needs = config.stage in ("student", "evaluate")
+    needs = config.stage in ("student", "evaluate", *LEARNED_SOLVERS)
     if needs and not finished(path, "teacher", config.teacher_steps):
         raise UsageError(
             f"--stage {config.stage}: {run.folder} has no finished teacher; train it first"
@@ -511,6 +536,8 @@ def train_and_evaluate(run: Trainer) -> None:
     if config.stage in ("all", "student"):
         train_student(run, teacher)
         pick_decay(run)
+    if config.stage in LEARNED_SOLVERS:
+        train_learned(run, teacher)
     if config.stage in ("all", "evaluate"):
         result = compare.report(infer.open_run(run.folder, config.data, run.device.type))
         if not run.rank:
