@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import compare
-import infer
+import runs
 from anderson import Counter, anderson
 from checkpoint import atomic, plain_errors, provenance, versions
 from compare import interleaved
@@ -223,7 +223,7 @@ def arxiv(data: Path, d: int = 128) -> dict | None:
         flags += ["--teacher_steps", "2", "--student_steps", "6", "--cache_dtype", "bf16"]
         for stage in ("teacher", "student"):
             compare.train(*flags, "--stage", stage)
-        run = infer.open_run(Path(folder), device="cpu")
+        run = runs.open_run(Path(folder), device="cpu")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     table, nfes = compare.methods(run), (1, 2, 20)
     spent = compare.cost(run, table, {(name, nfe) for name in table for nfe in nfes}, 1)

@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 import compare
 import infer
+import runs
+import tables
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
 from config import BOTH, DTYPES, EXPLICIT, LEARNED, LEARNED_SOLVERS, STUDENT, TEACHER, Config, parse
@@ -52,7 +54,7 @@ class Trainer:
                 f"--batch {config.batch} is not divisible by {self.world} processes x --accumulate "
                 f"{config.accumulate}"
             )
-        self.device = torch.device(infer.pick_device(config.device))
+        self.device = torch.device(runs.pick_device(config.device))
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
@@ -284,7 +286,7 @@ def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
                 f"--teacher {file}: {run.folder} has another teacher; choose another --out"
             )
         return
-    state = infer.teacher_weights(file)
+    state = runs.teacher_weights(file)
     ours = net.state_dict()
     missing, foreign = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
     for names, what in ((missing, "lacks"), (foreign, "has besides")):
@@ -363,7 +365,7 @@ def train_learned(run: Trainer, teacher: Equilibrium) -> None:
         run.bind(path, load(path, kind)["config"], LEARNED, BOTH)
         return
     torch.manual_seed(config.seed)
-    solver = infer.build_learned(teacher, kind, config.m).to(run.device)
+    solver = runs.build_learned(teacher, kind, config.m).to(run.device)
     store = make_store(run, teacher)
 
     def draw(parts: range) -> Iterator[tuple]:
@@ -409,9 +411,9 @@ def draw_run(run: Trainer, student: Student, generator: torch.Generator) -> list
 
 def train_student(run: Trainer, teacher: Equilibrium) -> None:
     """Consistency distillation, Alg. 2; `pick_decay` finishes it."""
-    config, path = run.config, infer.student_path(run.folder, run.config.name)
+    config, path = run.config, runs.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
-        run.bind(path, infer.load_student(path, teacher)["config"], STUDENT, BOTH)
+        run.bind(path, runs.load_student(path, teacher)["config"], STUDENT, BOTH)
         return
     begin, store = time.perf_counter(), make_store(run, teacher)
     rows = store.batch(0)[2]
@@ -421,10 +423,10 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     run.log(contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
-    student = infer.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
+    student = runs.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
     if config.first:
         student.fit_first(first_pairs(run, store, student))
-    ema = infer.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
+    ema = runs.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
     ema.load_state_dict(student.state_dict())
     if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
@@ -493,13 +495,13 @@ def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most
 
 def pick_decay(run: Trainer) -> None:
     """Chooses the schedule's base on the validation split; the student is finished with it."""
-    path = infer.student_path(run.folder, run.config.name)
+    path = runs.student_path(run.folder, run.config.name)
     if finished(path, "student", run.config.student_steps):
         return
-    opened = infer.open_run(run.folder, run.config.data, run.device.type, ())
+    opened = runs.open_run(run.folder, run.config.data, run.device.type, ())
     saved = load(path, "student")
     opened.config |= {"K": saved["config"]["K"]}
-    student = infer.build_student(opened.teacher, saved["config"], saved["rho"])
+    student = runs.build_student(opened.teacher, saved["config"], saved["rho"])
     student.load_state_dict(saved["ema"])
     decay, scores = infer.choose_decay(opened, student.to(run.device).eval())
     run.say(f"schedule base {decay} (validation)")
@@ -539,9 +541,9 @@ def train_and_evaluate(run: Trainer) -> None:
     if config.stage in LEARNED_SOLVERS:
         train_learned(run, teacher)
     if config.stage in ("all", "evaluate"):
-        result = compare.report(infer.open_run(run.folder, config.data, run.device.type))
+        result = compare.report(runs.open_run(run.folder, config.data, run.device.type))
         if not run.rank:
-            print(compare.write(result, run.folder / "report"))
+            print(tables.write(result, run.folder / "report"))
 
 
 def main(argv: list[str]) -> None:

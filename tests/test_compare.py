@@ -6,6 +6,7 @@ import pytest
 
 import compare
 import infer
+import tables
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
         report["equal"] = [row, row | {"method": "picard"}][: 2 if nfe == 2 else 1]
         report["rows"].append({"method": "gpm", "nfe": None, "value": None, "n": 0})
     reports[1]["rows"] = [row for row in reports[1]["rows"] if row["method"] != "cdeq-paper"]
-    text = compare.write(compare.merge(reports), tmp_path / "table")
+    text = tables.write(compare.merge(reports), tmp_path / "table")
     assert "| cdeq | 2, 4 | 150.00 ± 70.71 | 0.3750 |" in text
     assert "| picard | 2" not in text.split("as good as")[1]
     assert "| cdeq-paper (1 of 2 seeds) | " in text and "| cdeq | " in text

@@ -13,8 +13,8 @@ TABLES = ["digits", "digits-ablation", "imagenette", "ogbn-arxiv", "cora", "cite
 FLOORS = [
     {"checkpoint", "anderson", "fpode"},
     {"student", "models", "tasks"},
-    {"losses", "trajectories", "config"},
-    {"infer", "compare", "speed", "train"},
+    {"losses", "trajectories", "config", "runs"},
+    {"infer", "tables", "compare", "speed", "train"},
 ]
 
 

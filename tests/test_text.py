@@ -360,6 +360,25 @@ def test_bad_text_is_one_clear_line(tmp_path, contents, says):
         parse(["--task", "text", "--data", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--files", "a.png"], "pydoc is a text; its inputs are a --prompt"),
+        (["--tol", "0.1"], "pydoc is a text; its inputs are a --prompt"),
+        (["--prompt", "The", "--tokens", "0"], "--tokens must be >= 1"),
+        (["--prompt", "The", "--temperature", "0"], "--temperature > 0"),
+    ],
+)
+def test_a_text_is_asked_by_a_prompt(run_folder, flags, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        infer.main(["--run", str(run_folder), *flags])
+
+
+def test_images_have_no_prompt(tiny_run):
+    with pytest.raises(UsageError, match="--prompt: digits is no text"):
+        infer.main(["--run", str(tiny_run), "--prompt", "The"])
+
+
 def test_words_outside_the_vocabulary_are_counted(capsys):
     text.encode(["a", "b", "c"], ["<eos>", "a", "<unk>"], "here")
     assert capsys.readouterr().err == "here: 2 of 3 words are not in the vocabulary: <unk>\n"

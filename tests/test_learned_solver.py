@@ -1,0 +1,105 @@
+"""Learned solvers: they start as Picard, count as others do, and learn to arrive sooner."""
+
+import pytest
+import torch
+
+import compare
+import infer
+import train
+from anderson import Counter, picard
+from checkpoint import UsageError
+from losses import LearnedSolverLoss
+from models.ignn import IGNN, Graph
+from models.learned_solver import LearnedSolver, learned
+from models.transformer import DEQTransformer
+
+from .conftest import TINY
+
+
+def problem(kind: str, net):
+    """A network with its u."""
+    torch.manual_seed(0)
+    if kind == "image":
+        return net, net.inject(torch.randn(3, 1, 8, 8)).detach()
+    if kind == "text":
+        net = DEQTransformer(40, 16, 2, 24, (20,), segment=5, memory=5).eval()
+        return net, net.inject(torch.randint(40, (3, 7)))
+    net = IGNN(Graph(torch.randint(9, (2, 20)), 9), 4, 3, width=8, hidden=8).eval()
+    return net, net.inject(torch.randn(1, 9, 4)).detach()
+
+
+@pytest.mark.parametrize("kind", ["image", "text", "graph"])
+@torch.no_grad()
+def test_a_fresh_solver_is_picard_from_its_own_start(kind, net):
+    """a = (0, .., 0, 1) and beta = 1; K steps are K evaluations."""
+    net, u = problem(kind, net)
+    solver = LearnedSolver(net, m=3)
+    f = Counter(lambda z: net.f(z, u))
+    z = learned(f, solver.initial(u), 5, solver=solver, sample_dims=net.sample_dims)
+    expected = picard(lambda z: net.f(z, u), solver.initial(u), 5)
+    assert f.nfe == 5 and torch.allclose(z, expected, atol=1e-5)
+    assert z.shape[1:] == net.initial(u).shape
+
+
+@pytest.mark.parametrize("kind", ["image", "text", "graph"])
+@torch.no_grad()
+def test_weights_sum_to_one_and_problems_do_not_mix(kind, net):
+    net, _ = problem(kind, net)
+    solver = LearnedSolver(net, m=3, graph_net=kind == "graph")
+    for weight in solver.parameters():
+        weight.copy_(torch.randn(weight.shape) * 0.2)
+    window = [torch.randn(6, 20) for _ in range(3)]
+    alpha, beta = solver.weights(window)
+    assert torch.allclose(alpha.sum(1), torch.ones(6), atol=1e-5) and beta.shape == (6,)
+    first = solver.weights([c[:1] for c in window])
+    assert torch.allclose(first[0], alpha[:1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_later_word_changes_nothing_before_it(net):
+    net, _ = problem("text", net)
+    solver = LearnedSolver(net, m=3)
+    for weight in solver.parameters():
+        weight.copy_(torch.randn(weight.shape) * 0.1)
+    x = torch.randint(40, (2, 7))
+    other = torch.cat([x[:, :4], (x[:, 4:] + 1) % 40], dim=1)
+
+    def states(x):
+        u = net.inject(x)
+        f = lambda z: net.f(z, u)  # noqa: E731
+        return learned(f, solver.initial(u), 4, solver=solver, sample_dims=2, last=True)
+
+    a, b = states(x), states(other)
+    assert torch.allclose(a[:, :4], b[:, :4], atol=1e-4) and not torch.allclose(a, b)
+
+
+def test_training_pulls_the_start_and_the_path_to_the_equilibrium(net):
+    _, _ = net.requires_grad_(False), torch.manual_seed(0)
+    x = torch.randn(16, 1, 8, 8)
+    u = net.inject(x)
+    z_K = picard(lambda z: net.f(z, u), net.initial(u), 40, last=True)
+    solver = LearnedSolver(net)
+    module, optimizer = LearnedSolverLoss(solver, 4), torch.optim.AdamW(solver.parameters(), 8e-3)
+    history = []
+    for step in range(40):
+        terms = module(x, z_K, step)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        history.append({name: value.item() for name, value in terms.items()})
+    assert history[-1]["start"] < 0.7 * history[0]["start"]
+    assert history[-1]["path"] < 0.9 * history[0]["path"]
+
+
+def test_a_learned_solver_has_its_rows(tmp_path):
+    """train.py --stage hyperdeq, resumed too; its evaluations are counted as all others."""
+    flags = [*TINY, f"--out={tmp_path}", "--solver_updates=3"]
+    for stage in ("teacher", "hyperdeq", "hyperdeq"):
+        train.main([*flags, f"--stage={stage}"])
+    run = infer.open_run(tmp_path, device="cpu")
+    table = compare.methods(run)
+    rows = infer.evaluate(run, table, run.task.valid, (1, 3))["hyperdeq"]
+    assert [row["nfe"] for row in rows] == [1, 3]
+    assert compare.parameters(run, "hyperdeq") > compare.parameters(run, "anderson")
+    with pytest.raises(UsageError, match="--stage ignn-solver: ignn-solver needs a network of a"):
+        train.main([*flags, "--stage=ignn-solver"])
