@@ -11,6 +11,8 @@ turns in one process, so that a busy machine slows them alike. What was not meas
 
 import argparse
 import copy
+import dataclasses
+import importlib
 import itertools
 import math
 import re
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +29,11 @@ from torch import Tensor
 
 import infer
 import runs
-from anderson import Counter, anderson, picard
+from anderson import Counter, Map, anderson, picard
 from checkpoint import UsageError, plain_errors, provenance, versions
 from config import TASKS, command_line, open_task
 from infer import Method
+from models import Equilibrium
 from models.learned_solver import learned
 from runs import Run
 from tables import LAM1, LAM2, TITLES, grid_lines, write
@@ -58,31 +62,22 @@ VARIANTS = {"paper": ["--recipe", "paper"]}
 TEXT_VARIANTS = {"no-task": ["--lam2", "0"]}
 
 
-def methods(run: Run) -> dict[str, Method]:
-    """Every solver of a run behind one signature, each with the counter of its evaluations. Where
-    tokens have Anderson weights of their own, "-shared" is the same with one weight vector for a
-    whole sequence, which lets the future leak into earlier predictions."""
-    net, options = run.teacher, run.solver()
-    solvers = {"picard": (picard, {}), "anderson": (anderson, options)}
+def methods(run: Run, peers: bool = False) -> dict[str, Method]:
+    """Every solver of a run behind one signature, each with the counter of its evaluations.
+
+    Where tokens have Anderson weights of their own, "-shared" is the same with one weight vector
+    for a whole sequence, which lets the future leak into earlier predictions. peers: torchdeq's
+    solvers of the same teacher.
+    """
+    net, dims, window = run.teacher, {"sample_dims": run.teacher.sample_dims}, run.solver()
+    solvers = {"picard": partial(picard, **dims), "anderson": partial(anderson, **dims, **window)}
     if net.sample_dims > 1:
-        solvers["anderson-shared"] = anderson, options | {"sample_dims": 1}
-    table = {}
-    for name, (solver, options) in solvers.items():
-        f = Counter(net.f)
-
-        def solve(z0, u, nfe, last=False, f=f, solver=solver, options=options):
-            options = {"sample_dims": net.sample_dims, "last": last} | options
-            return solver(lambda z: f(z, u), z0, nfe, **options)
-
-        table[name] = Method(solve, net.inject, f)
+        solvers["anderson-shared"] = partial(anderson, **window)
+    if peers:
+        solvers |= {f"torchdeq-{kind}": partial(peer, kind, **dims) for kind in PEERS}
+    table = {name: solved_by(net, solver) for name, solver in solvers.items()}
     for name, solver in run.learned.items():
-        f = Counter(net.f)
-
-        def solve(z0, u, nfe, last=False, f=f, solver=solver):
-            z0, options = solver.initial(u), {"sample_dims": net.sample_dims, "last": last}
-            return learned(lambda z: f(z, u), z0, nfe, solver=solver, **options)
-
-        table[name] = Method(solve, net.inject, f)
+        table[name] = solved_by(net, partial(learned, solver=solver, **dims), solver.initial)
     for name, (student, decay) in run.students.items():
         table[label(name)] = infer.counted(student, decay)
         if net.sample_dims > 1 and not name:
@@ -90,6 +85,41 @@ def methods(run: Run) -> dict[str, Method]:
             shared.two_point = student.two_point | {"sample_dims": 1}
             table["cdeq-shared"] = infer.counted(shared, decay)
     return table
+
+
+def solved_by(net: Equilibrium, solver: Callable[..., Tensor], start=None) -> Method:
+    """A solver of the teacher as a method; start(u): its own z_0."""
+    f = Counter(net.f)
+
+    def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
+        z0 = z0 if start is None else start(u)
+        return solver(lambda z: f(z, u), z0, nfe, last=last)
+
+    return Method(solve, net.inject, f)
+
+
+# torchdeq's solvers: the module, the function, the evaluations before its first answer.
+PEERS = {
+    "fixed-point": ("fp_iter", "fixed_point_iter", 1),
+    "broyden": ("broyden", "broyden_solver", 2),
+    "anderson": ("anderson", "anderson_solver", 3),
+}
+
+
+def peer(kind: str, f: Map, z0: Tensor, K: int, *, last: bool, sample_dims: int = 1) -> Tensor:
+    """A solver of torchdeq under our signature: its iterate after each evaluation; before its first
+    one, z_0. Broyden's are states, of which f is not yet taken."""
+    try:
+        module = importlib.import_module(f"torchdeq.solver.{PEERS[kind][0]}")
+    except ModuleNotFoundError as error:
+        raise UsageError('--peers: torchdeq is missing (pip install ".[peers]")') from error
+    solver, first = getattr(module, PEERS[kind][1]), PEERS[kind][2]
+    flat = z0.flatten(0, sample_dims - 1)
+    wanted = [*range(first, K + 1)]
+    options = dict(max_iter=K - (kind == "broyden"), indexing=wanted, tol=0.0, return_final=True)
+    _, states, _ = solver(lambda z: f(z.view_as(z0)).reshape_as(z), flat, **options)
+    states = [z0] * min(first, K + 1) + [z.view_as(z0) for z in states[: len(wanted)]]
+    return states[-1] if last else torch.stack(states)
 
 
 def label(student: str) -> str:
@@ -217,9 +247,9 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
 
 
 @torch.no_grad()
-def report(run: Run, split: str = "test", batch: int = 128) -> dict:
+def report(run: Run, split: str = "test", batch: int = 128, peers: bool = False) -> dict:
     """Evaluates every method of a run; the form of report.json and of results/."""
-    task, table, K = run.task, methods(run), run.config["K"]
+    task, table, K = run.task, methods(run, peers), run.config["K"]
     converged = {"anderson": table["anderson"]}
     valid = infer.evaluate(run, converged, task.valid, (K,), batch, "teacher")["anderson"][0]
     end = "anderson", run.config["K"]
@@ -336,15 +366,18 @@ def train(*flags: str) -> None:
 
 
 def table_over_seeds(
-    task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str], finished: bool
-) -> dict:
+    task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str],
+    finished: bool = False, peers: bool = False, whole: bool = True,
+) -> dict:  # fmt: skip
     """Trains what is missing and reports the named students of every seed in one table; with
     `finished` nothing is trained, and what is missing is said and has no part in the means.
 
-    A task's references (explicit networks) and rivals (teachers solved beside the first one, under
-    the names "picard (eignn)", ...) have rows too.
+    If `whole`, a task's references (explicit networks), learned solvers and rivals (teachers solved
+    beside the first one, under the names "picard (eignn)", ...) have rows too. peers: see methods.
     """
     kind = open_task({"task": task, "data": data_folder(extra)})
+    if not whole:
+        kind = dataclasses.replace(kind, references=(), learned=(), rivals=(), unmeasured=())
     reports = []
     for seed in seeds:
         folder = Path(f"runs/{task}-seed{seed}")
@@ -354,10 +387,15 @@ def table_over_seeds(
                 ["--task", task, "--seed", str(seed), *extra], folder, variants, kind, rivals
             )
         run = runs.open_run(folder)
+        missing = {*variants} - {*run.students}
         run.students = {name: run.students[name] for name in variants if name in run.students}
-        for name in ({*variants} - {*run.students}) | ({*kind.references} - {*run.explicit}):
+        for part, wanted in (("explicit", kind.references), ("learned", kind.learned)):
+            there = {name: net for name, net in getattr(run, part).items() if whole}
+            setattr(run, part, there)
+            missing |= {*wanted} - {*there}
+        for name in sorted(missing):
             print(f"{folder}: {name or 'the student'} is not finished", file=sys.stderr)
-        result = report(run)
+        result = report(run, peers=peers)
         for rival, other in rivals.items():
             try:
                 opened = runs.open_run(other)
@@ -381,6 +419,8 @@ def train_seed(
             train(*here, "--stage", stage, *flags, *named)
     for name in kind.references:
         train(*here, "--stage", "explicit", "--explicit", name)
+    for name in kind.learned:
+        train(*here, "--stage", name)
     for rival, other in rivals.items():
         train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
 
@@ -395,22 +435,23 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="digits")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--finished", action="store_true", help="train nothing, report what is there")
     add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
-    add(
-        "--results", type=Path, default=Path("results"), help="folder of the JSON, table and figure"
-    )
-    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     add("--grid", action="store_true", help="Table 4: the loss weights lam1 and lam2")
+    add("--finished", action="store_true", help="train nothing, report what is there")
+    add("--peers", action="store_true", help="torchdeq's solvers beside ours")
+    add("--results", type=Path, default=Path("results"), help="where to write")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
+    options = dict(extra=args.flags, finished=args.finished, peers=args.peers)
     variants, name, keys = {"": []} | VARIANTS, args.task, tuple(TITLES)
     if args.task in text.TASKS:
         variants |= TEXT_VARIANTS
-    if args.ablation:
-        variants, name, keys = {"": []} | ABLATIONS, f"{args.task}-ablation", ("value", "distance")
+    if args.ablation or args.grid:
+        name, keys, options["whole"] = f"{args.task}-ablation", ("value", "distance"), False
+        variants = {"": []} | ABLATIONS
     if args.grid:
-        variants, name, keys = GRID, f"{args.task}-grid", ("value", "distance")
-    result = table_over_seeds(args.task, args.seeds, variants, args.flags, args.finished)
+        variants, name = GRID, f"{args.task}-grid"
+    result = table_over_seeds(args.task, args.seeds, variants, **options)
     print(write(result, args.results / name, grid_lines(result) if args.grid else "", keys=keys))
 
 

@@ -131,23 +131,27 @@ def spread(row: dict) -> str:
 
 
 def figure(result: dict, path: Path) -> None:
-    """Metric and relative residual (Fig. 2's axes) against NFE, as a PNG."""
+    """Metric and relative residual (Fig. 2's axes) against NFE, and metric against time, a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    canvas, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    left, right, pareto = axes
     implicit = [row for row in result["rows"] if row["nfe"]]
     for method in dict.fromkeys(row["method"] for row in implicit):
         rows = [row for row in implicit if row["method"] == method]
         style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
         for axis, key in ((left, "value"), (right, "residual")):
             axis.plot([r["nfe"] for r in rows], [r[key] for r in rows], label=method, **style)
+        pareto.plot([r["seconds_per_batch"] for r in rows], [r["value"] for r in rows], **style)
     converged = result["teacher"]["value"]
     left.axhline(converged, color="gray", linewidth=1, label="teacher, converged")
     left.set(ylabel=f"{result['split']} {result['metric']}")
     right.set(ylabel="relative residual |f(z) - z| / |z|", yscale="log")
+    pareto.set(xlabel=f"seconds per batch of {result['batch']}", xscale="log")
+    pareto.grid(alpha=0.3)
     for axis in (left, right):
         ticks = sorted({row["nfe"] for row in implicit})
         axis.set_xscale("log", base=2)

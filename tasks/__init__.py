@@ -62,8 +62,8 @@ class Task:
     perplexity, a share. decays: candidates for the base of the inference schedule. choice: samples
     of the validation split that it and the tables' equal NFE are chosen on, 0 for all.
     explicit(settings): the reference network of finite depth that they ask for; references: those
-    that the tables have; unmeasured: those whose rows stay empty; rivals: presets whose solvers
-    have rows of their own.
+    that the tables have; learned: the learned solvers that they have; unmeasured: those whose rows
+    stay empty; rivals: presets whose solvers have rows of their own.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Task:
     choice: int = 0
     explicit: Callable[[dict], nn.Module] | None = None
     references: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ("hyperdeq",)
     unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
 

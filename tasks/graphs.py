@@ -167,6 +167,7 @@ def node_task(
         decays=(0.8, 0.9, 0.95),
         explicit=explicit,
         references=references,
+        learned=("hyperdeq", "ignn-solver"),
         unmeasured=tuple(name for name in (*EXPLICIT, "gpm") if name not in references),
         rivals=("eignn", "mignn"),
     )

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import compare
 import infer
@@ -66,3 +67,20 @@ def test_costs_are_seconds_and_bytes(run):
     spent = compare.cost(run, table, {("picard", 2), ("cdeq", 1)}, batch=4)
     assert spent.keys() == {("picard", 2), ("cdeq", 1), ("injection", None)}
     assert all(seconds > 0 and (peak is None or peak > 2**20) for seconds, peak in spent.values())
+
+
+@torch.no_grad()
+def test_torchdeqs_solvers_are_counted_like_ours(run):
+    """K evaluations each; before a solver's first iterate z_0 stands; fixed-point is Picard."""
+    pytest.importorskip("torchdeq", reason="the optional peers are not installed")
+    table = compare.methods(run, peers=True)
+    x, _ = run.task.test.batch(torch.arange(4))
+    u = run.teacher.inject(x)
+    z0, states = run.teacher.initial(u), {}
+    for name in ("picard", *(f"torchdeq-{kind}" for kind in compare.PEERS)):
+        table[name].counter.nfe = 0
+        states[name] = table[name].solve(z0, u, 6)
+        assert table[name].counter.nfe == 6 and states[name].shape == (7, *z0.shape)
+    assert torch.allclose(states["torchdeq-fixed-point"], states["picard"], atol=1e-5)
+    assert not states["torchdeq-anderson"][2].any() and states["torchdeq-anderson"][3].any()
+    assert not states["torchdeq-broyden"][1].any() and states["torchdeq-broyden"][2].any()
