@@ -1,9 +1,10 @@
 # make demo   environment, then teacher, trajectories, both students and the report on the embedded digits
 # make test   environment, then the tests
+# make tables environment, then the tables of every embedded task: images, a graph, a text
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test tables lint clean
 
 .venv/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,6 +14,11 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/python train.py --task digits
 	$(BIN)/python train.py --task digits --recipe paper
+
+tables: .venv/.ready
+	$(BIN)/python compare.py --task digits --seeds 0 --results runs/tables
+	$(BIN)/python compare.py --task digits-graph --seeds 0 --results runs/tables
+	$(BIN)/python compare.py --task pydoc --seeds 0 --results runs/tables
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
