@@ -7,8 +7,8 @@ With c = [z_history; z] the states of M + L positions and u their injection, one
     y = LN(z + W_o softmax(a) v + b_o),   r_n = W_r (sinusoids of the distance n)
     f = LN(y + W_2 relu(W_1 y + b_1) + b_2)                                     LN without affine
 
-or, with `pre_norm`, LN(c) and LN(y) inside the two branches and none outside. u is a linear map of
-the word's adaptive embedding; the head is an adaptive softmax over the same word vectors.
+or, with `pre_norm`, LN(c) for c in the first line and no outer LN in the last one. u is a linear map
+of the word's adaptive embedding; the head is an adaptive softmax over the same word vectors.
 
 Shapes: x, y (B, L) words; z (B, L, d), each token a problem of its own (sample_dims = 2): with one
 Anderson weight for a sequence, later words would change earlier predictions.
@@ -63,7 +63,7 @@ class AdaptiveEmbedding(nn.Module):
     def __init__(self, n: int, d: int, cutoffs: tuple[int, ...], div: int = 4):
         super().__init__()
         self.bounds = list(pairwise((0, *cutoffs, n)))
-        sizes = [(end - start, d // div**i) for i, (start, end) in enumerate(self.bounds)]
+        sizes = [(end - start, max(1, d // div**i)) for i, (start, end) in enumerate(self.bounds)]
         self.words = nn.ModuleList(nn.Embedding(count, width) for count, width in sizes)
         self.projections = nn.ModuleList(nn.Linear(width, d, bias=False) for _, width in sizes)
 
@@ -146,10 +146,9 @@ class TransformerCell(Cell):
         q, k, v = (self.qkv(norm(z) if self.pre_norm else z) + u.u).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         q = q[:, :, -L:]  # (B, heads, L, d_head), against M + L keys
-        r = self.r(drop_r(distances(z.shape[1], d, z.device).to(z)[None]))[0].unflatten(
-            -1, (self.heads, -1)
-        )
-        bias = shift((q + self.b_r[:, None]) @ r.permute(1, 2, 0)) * q.shape[-1] ** -0.5
+        r = self.r(drop_r(distances(z.shape[1], d, z.device).to(z)[None]))
+        r = r.view(-1, self.heads, d // self.heads).permute(1, 2, 0)  # (heads, d_head, M + L)
+        bias = shift((q + self.b_r[:, None]) @ r) * q.shape[-1] ** -0.5
         bias = bias.masked_fill(hidden(L, z.shape[1], self.reach, z.device), -torch.inf)
         heads = F.scaled_dot_product_attention(q + self.b_w[:, None], k, v, attn_mask=bias)
         y = z[:, -L:] + drop_attention(self.out(heads.transpose(1, 2).flatten(2)))

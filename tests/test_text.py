@@ -397,3 +397,13 @@ def test_the_shared_weight_is_a_flag(run_folder):
     assert task.network(dataclasses.asdict(config)).sample_dims == 1
     with pytest.raises(UsageError, match="--per_token: the networks of digits have no such"):
         parse(["--task", "digits", "--no-per_token"])
+
+
+@pytest.mark.parametrize("flags", [["--dtype=bf16"], ["--rollout_every", "--trajectory=0"]])
+def test_a_text_trains_by_every_recipes_flags(tmp_path, flags):
+    for stage in ("teacher", "student"):
+        train.main([*TINY, *flags, "--out", str(tmp_path), "--stage", stage])
+    run = infer.open_run(tmp_path, device="cpu")
+    part = Split(run.task.test.x[:2, :32], run.task.test.y[:2, :32])
+    (row,) = infer.evaluate(run, {"cdeq": infer.counted(*run.students[""])}, part, (2,))["cdeq"]
+    assert 1 < row["value"] < 10 * len(run.task.classes)
