@@ -7,8 +7,8 @@ With c = [z_history; z] the states of M + L positions and u their injection, one
     y = LN(z + W_o softmax(a) v + b_o),   r_n = W_r (sinusoids of the distance n)
     f = LN(y + W_2 relu(W_1 y + b_1) + b_2)                                     LN without affine
 
-or, with `pre_norm`, LN(c) for c in the first line and no outer LN in the last one. u is a linear map
-of the word's adaptive embedding; the head is an adaptive softmax over the same word vectors.
+or, with `pre_norm`, LN(c) for c in the first line and no outer LN in the last one. u is a linear
+map of the word's adaptive embedding; the head is an adaptive softmax over the same word vectors.
 
 Shapes: x, y (B, L) words; z (B, L, d), each token a problem of its own (sample_dims = 2): with one
 Anderson weight for a sequence, later words would change earlier predictions.
