@@ -3,6 +3,7 @@ r"""Side by side: every method at equal NFE, over seeds, with time and memory; a
     python compare.py --task digits --seeds 0 1 2          main table  -> results/digits.json
     python compare.py --task digits --seeds 0 1 2 --ablation  -> digits-ablation.json
     python compare.py --task pydoc --seeds 0 --grid        Table 4     -> pydoc-grid.json
+    torchrun --nproc_per_node=2 compare.py --task wikitext2 --seeds 0 --finished    by two processes
 
 Each run that is missing is trained first, by the train.py command that the JSON names. Beside every
 JSON stand the same numbers as a Markdown table and a figure. Times are medians of methods that take
@@ -10,11 +11,13 @@ turns in one process, so that a busy machine slows them alike. What was not meas
 """
 
 import argparse
+import collections
 import copy
 import dataclasses
 import importlib
 import itertools
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -25,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import infer
@@ -59,7 +63,10 @@ GRID = {
 }
 # Students beside the default one in a task's main table.
 VARIANTS = {"paper": ["--recipe", "paper"]}
-TEXT_VARIANTS = {"no-task": ["--lam2", "0"]}
+TEXT_VARIANTS = {
+    "no-task": ["--lam2", "0"],
+    "every": ["--rollout_every", "--lam2", "0.1", "--student_steps", "800"],
+}
 
 
 def methods(run: Run, peers: bool = False) -> dict[str, Method]:
@@ -239,7 +246,9 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
         found = infer.evaluate_explicit(run, net, data, batch)
         found["valid"] = infer.evaluate_explicit(run, net, run.task.valid, batch)["value"]
         rows.append({"method": name, "nfe": None, **found, "params": params})
-    spent = cost(run, table, wanted | further, batch)
+    spent: dict = collections.defaultdict(lambda: (None, None))
+    if not infer.ranks()[0]:  # one rank measures, the others wait; it is the one that writes
+        spent |= cost(run, table, wanted | further, batch)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
         row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
@@ -405,7 +414,7 @@ def table_over_seeds(
             rows, _, _ = measured(opened, methods(opened), result["split"], 128)
             result["rows"] += [{**row, "method": f"{row['method']} ({rival})"} for row in rows]
         reports.append(result)
-    return merge(reports)
+    return {} if infer.ranks()[0] else merge(reports)
 
 
 def train_seed(
@@ -451,7 +460,15 @@ def main(argv: list[str]) -> None:
         variants = {"": []} | ABLATIONS
     if args.grid:
         variants, name = GRID, f"{args.task}-grid"
+    if "RANK" in os.environ:
+        if not args.finished:
+            raise UsageError("under torchrun, compare.py trains nothing: add --finished")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     result = table_over_seeds(args.task, args.seeds, variants, **options)
+    if dist.is_initialized():
+        runs.leave()
+    if not result:  # the first process writes
+        return
     print(write(result, args.results / name, grid_lines(result) if args.grid else "", keys=keys))
 
 

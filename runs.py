@@ -5,11 +5,13 @@ values, no code: each network is built anew from the settings that are saved bes
 """
 
 import ctypes
+import gc
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import UsageError, contents_of, fingerprint, load, ours
@@ -151,3 +153,10 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is there; allowed is auto | cpu")
     return name
+
+
+def leave() -> None:
+    """Ends the process group, all ranks together: none is torn down under another's last words."""
+    gc.collect()  # DDP modules are cycles, and each holds the group with its threads
+    dist.barrier()
+    dist.destroy_process_group()

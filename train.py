@@ -13,7 +13,6 @@ Settings and recipes are described in config.py.
 
 import dataclasses
 import functools
-import gc
 import json
 import math
 import os
@@ -556,14 +555,7 @@ def main(argv: list[str]) -> None:
     else:
         train_and_evaluate(run)
     if run.world > 1:
-        leave()
-
-
-def leave() -> None:
-    """Ends the process group, all ranks together: none is torn down under another's last words."""
-    gc.collect()  # DDP modules are cycles, and each holds the group with its threads
-    dist.barrier()
-    dist.destroy_process_group()
+        runs.leave()
 
 
 if __name__ == "__main__":

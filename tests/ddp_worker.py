@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compare
 import infer
-import train
+import runs
 from fpode import TimeMap
 from losses import Distillation, TeacherLoss
 from models.mdeq import MDEQ
@@ -79,7 +79,7 @@ def main(folder: str) -> None:
     row = infer.evaluate(run, compare.methods(run), odd, (2,))["cdeq"][0]
     if dist.get_rank() == 0:
         print("GAPS", *gaps, "VALUE", row["value"], row["distance"], flush=True)
-    train.leave()
+    runs.leave()
 
 
 if __name__ == "__main__":
