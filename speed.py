@@ -1,6 +1,7 @@
 r"""Speed as ratios, side by side in one run, with the floor of each hot path beside it.
 
     python speed.py                        -> results/speed.json, results/speed-graphs.png
+    python speed.py --only text            -> results/speed-text.json
 
 What is measured: a step of Anderson acceleration against torchdeq's and against the passes over
 memory that it makes; the states that its window holds; a step of the student against a bare
@@ -10,6 +11,7 @@ sparse and the bare dense product; the memory of answers by NFE, of texts for Ta
 run on ogbn-arxiv.
 """
 
+import importlib.util
 import json
 import resource
 import statistics
@@ -250,35 +252,45 @@ def scaling_figure(rows: list[dict], path: Path) -> None:
     pyplot.close(canvas)
 
 
-def speed(data: Path) -> dict:
-    """Everything that speed.json holds."""
-    torch.set_num_threads(2)
-    result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
-    states = float(fresh("import speed; print(speed.window_memory())"))
-    result["window_memory_states"] = {"m": 6, "states": states}
-    result["student_step"] = digits_step()
-    result["imagenet"] = preset_step("imagenet-small", 4, (1, 2, 26))
-    result["text"] = preset_step("transformer-small", 8, (1, 10, 20, 30, 40))
-    result["graph_scaling"] = graph_scaling()
-    result["arxiv"] = arxiv(data)
-    try:
-        shapes = ((32, 188_160), (1, 21_700_000))
-        result["solver_overhead"] = [solver_overhead(shape) for shape in shapes]
-    except ModuleNotFoundError:
-        result["solver_overhead"] = None
+def solver_overheads() -> list[dict] | None:
+    """`solver_overhead` on the states of an MDEQ and of a graph; None without torchdeq."""
+    if importlib.util.find_spec("torchdeq") is None:
         print('torchdeq is missing (pip install ".[peers]"): not compared', file=sys.stderr)
-    return result
+        return None
+    return [solver_overhead(shape) for shape in ((32, 188_160), (1, 21_700_000))]
+
+
+def window() -> dict:
+    """`window_memory` in a process of its own."""
+    return {"m": 6, "states": float(fresh("import speed; print(speed.window_memory())"))}
+
+
+# What is measured, in this order; each a part of the JSON.
+PARTS = {
+    "window_memory_states": lambda data: window(),
+    "student_step": lambda data: digits_step(),
+    "imagenet": lambda data: preset_step("imagenet-small", 4, (1, 2, 26)),
+    "text": lambda data: preset_step("transformer-small", 8, (1, 10, 20, 30, 40)),
+    "graph_scaling": lambda data: graph_scaling(),
+    "arxiv": arxiv,
+    "solver_overhead": lambda data: solver_overheads(),
+}
 
 
 def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where to write")
+    parser.add_argument("--only", choices=PARTS, help="one part, into speed-PART.json")
     args = parser.parse_args(argv)
-    result = speed(args.data)
-    with atomic(args.results / "speed.json") as file:
+    torch.set_num_threads(2)
+    result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
+    result |= {name: PARTS[name](args.data) for name in ([args.only] if args.only else PARTS)}
+    name = f"speed-{args.only}.json" if args.only else "speed.json"
+    with atomic(args.results / name) as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())
-    scaling_figure(result["graph_scaling"], args.results / "speed-graphs.png")
+    if "graph_scaling" in result:
+        scaling_figure(result["graph_scaling"], args.results / "speed-graphs.png")
     print(json.dumps(result, indent=1))
 
 
