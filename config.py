@@ -134,8 +134,8 @@ class Config:
     reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
     # This start of the command
     stage: str = opt("all", "what to do", " | ".join(STAGES))
-    explicit: str = opt("", "network of --stage explicit: gcn, gat, gcnii; torchvision's names")
-    teacher: str = opt("", "a teacher's file to take over: ours, or locuslab/deq's MDEQ")
+    explicit: str = opt("", "network of --stage explicit; empty: the task's first")
+    teacher: str = opt("", "a teacher's file to take over: ours, or locuslab/deq's")
     data: str = opt("data", "folder of the data sets, or a user's own file")
     out: str = opt("", "run folder; empty: runs/TASK")
     device: str = opt("auto", "of all processes", "auto | cpu | cuda")

@@ -9,7 +9,7 @@ from .conftest import ROOT
 
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("tasks/*.py")]
 README = (ROOT / "README.md").read_text()
-TABLES = ["digits", "digits-ablation", "imagenette", "ogbn-arxiv", "cora", "citeseer"]
+TABLES = ["digits", "digits-ablation", "imagenette", "wikitext2", "ogbn-arxiv", "cora", "citeseer"]
 FLOORS = [
     {"checkpoint", "anderson", "fpode"},
     {"student", "models", "tasks"},
