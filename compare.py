@@ -84,7 +84,11 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
         solvers |= {f"torchdeq-{kind}": partial(peer, kind, **dims) for kind in PEERS}
     table = {name: solved_by(net, solver) for name, solver in solvers.items()}
     for name, solver in run.learned.items():
-        table[name] = solved_by(net, partial(learned, solver=solver, **dims), solver.initial)
+        x, y = run.task.test.batch(torch.arange(1))
+        u = net.inject(next(net.segments(x, y))[0].to(run.device))
+        counts = solver.start_share(u) >= 0.5  # f-sized, as on small networks: an evaluation
+        method = partial(learned, solver=solver, **dims)
+        table[name] = solved_by(net, method, solver.initial, counts)
     for name, (student, decay) in run.students.items():
         table[label(name)] = infer.counted(student, decay)
         if net.sample_dims > 1 and not name:
@@ -94,13 +98,23 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
     return table
 
 
-def solved_by(net: Equilibrium, solver: Callable[..., Tensor], start=None) -> Method:
-    """A solver of the teacher as a method; start(u): its own z_0."""
+def solved_by(
+    net: Equilibrium, solver: Callable[..., Tensor], start=None, counts: bool = False
+) -> Method:
+    """A solver of the teacher as a method. start(u): its own z_0; counts: that is one evaluation,
+    and the state after it."""
     f = Counter(net.f)
 
     def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
-        z0 = z0 if start is None else start(u)
-        return solver(lambda z: f(z, u), z0, nfe, last=last)
+        begin, steps = z0 if start is None else start(u), nfe - counts
+        f.nfe += counts
+        states = begin[None]
+        if steps:
+            states = solver(lambda z: f(z, u), begin, steps, last=last)
+            states = states[None] if last else states
+        if last:
+            return states[-1]
+        return torch.cat([z0[None], states]) if counts else states
 
     return Method(solve, net.inject, f)
 
@@ -113,7 +127,7 @@ PEERS = {
 }
 
 
-def peer(kind: str, f: Map, z0: Tensor, K: int, *, last: bool, sample_dims: int = 1) -> Tensor:
+def peer(kind: str, f: Map, z0: Tensor, K: int, *, last=False, sample_dims: int = 1) -> Tensor:
     """A solver of torchdeq under our signature: its iterate after each evaluation; before its first
     one, z_0. Broyden's are states, of which f is not yet taken."""
     try:

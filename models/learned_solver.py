@@ -11,8 +11,8 @@ f is the teacher's, frozen; no labels are used. The initialiser is a small convo
 sequences: a causal one) or two linear maps (graphs). IGNN-Solver's compression is a graph network.
 
 Shapes: z (B, state...), P problems of sample_dims leading dimensions, each with a and beta of its
-own, as in anderson.py. NFE counts f: a step's own networks are a fraction of f, and their time is
-in every table.
+own, as in anderson.py. NFE counts f, and the start where that is f-sized (`start_share`); a step's
+own networks are a fraction of f, and their time is in every table.
 
 Departs from the paper: a_i and beta start as Picard's (the newest state, 1), not at random.
 """
@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from anderson import Map, accumulator, iterate
 from models import Equilibrium
@@ -103,6 +104,16 @@ class LearnedSolver(nn.Module):
 
     def initial(self, u) -> Tensor:
         return self.teacher[0].cell.join(self.start(u))
+
+    @torch.no_grad()
+    def start_share(self, u) -> float:
+        """FLOPs of the start as a share of those of one evaluation of f."""
+        net, flops = self.teacher[0], []
+        for part in (lambda: self.initial(u), lambda: net.f(net.initial(u), u)):
+            with FlopCounterMode(display=False) as counter:
+                part()
+            flops.append(counter.get_total_flops())
+        return flops[0] / max(1, flops[1])
 
     def compressed(self, r: Tensor) -> Tensor:
         """A residual (B, state...) as (P, 20), the mean over its positions."""

@@ -1,5 +1,7 @@
 """Learned solvers: they start as Picard, count as others do, and learn to arrive sooner."""
 
+import functools
+
 import pytest
 import torch
 
@@ -71,6 +73,24 @@ def test_a_later_word_changes_nothing_before_it(net):
 
     a, b = states(x), states(other)
     assert torch.allclose(a[:, :4], b[:, :4], atol=1e-4) and not torch.allclose(a, b)
+
+
+@torch.no_grad()
+def test_an_f_sized_start_counts_as_an_evaluation(net):
+    """NFE 1 is then the start alone, as on a small text network; an image's start is a fraction."""
+    assert LearnedSolver(net).start_share(problem("image", net)[1]) < 0.5
+    net, u = problem("text", net)
+    solver = LearnedSolver(net, m=3)
+    assert solver.start_share(u) > 0.5
+    step = functools.partial(learned, solver=solver, sample_dims=2)
+    method = compare.solved_by(net, step, solver.initial, counts=True)
+    free = compare.solved_by(net, step, solver.initial)
+    states = method.solve(net.initial(u), u, 3)
+    assert method.counter.nfe == 3 and len(states) == 4 and not states[0].any()
+    assert torch.equal(states[1], solver.initial(u))
+    assert torch.allclose(states[1:], free.solve(net.initial(u), u, 2))
+    for nfe in (1, 2):
+        assert torch.allclose(method.solve(net.initial(u), u, nfe, last=True), states[nfe])
 
 
 def test_training_pulls_the_start_and_the_path_to_the_equilibrium(net):
