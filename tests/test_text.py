@@ -57,7 +57,7 @@ def reference_state() -> dict:
     """Random tensors under the names and of the shapes of locuslab/deq's deq_transformer.py."""
     torch.manual_seed(1)
     state = {"pos_emb.inv_freq": torch.zeros(D // 2)}
-    sizes_ = [(a, D // 4**i) for i, a in enumerate((20, 10, 15, 15))]
+    sizes_ = [(count, max(1, D // 4**i)) for i, count in enumerate((20, 10, 15, 15))]
     for i, (count, width) in enumerate(sizes_):
         state[f"word_emb.emb_layers.{i}.weight"] = torch.randn(count, width) * 0.3
         state[f"crit.out_layers.{i}.weight"] = state[f"word_emb.emb_layers.{i}.weight"]
