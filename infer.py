@@ -235,13 +235,13 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     sign = 1 if run.task.higher_is_better else -1
     split = run.task.to_choose()
     candidates = {decay: counted(student, decay) for decay in run.task.decays}
-    scores = {
+    found = {
         decay: {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
         for decay, rows in evaluate(run, candidates, split, memory="teacher").items()
     }
-    best = max(sign * score["value"] for score in scores.values())
-    good = [d for d in scores if sign * scores[d]["value"] >= best - 0.005 * abs(best)]
-    return min(good, key=lambda decay: scores[decay]["distance"]), scores
+    best = max(sign * score["value"] for score in found.values())
+    good = [d for d in found if sign * found[d]["value"] >= best - 0.005 * abs(best)]
+    return min(good, key=lambda decay: found[decay]["distance"]), found
 
 
 @torch.no_grad()
@@ -280,8 +280,8 @@ def generate(
         memory = net.remember(u, z)
     start = time.perf_counter()
     for _ in range(tokens):
-        scores = net.head(z[:, -1:])[0, 0] / temperature
-        best = scores.topk(min(top_k or len(scores), len(scores)))
+        logits = net.head(z[:, -1:])[0, 0] / temperature
+        best = logits.topk(min(top_k or len(logits), len(logits)))
         word = best.indices[torch.multinomial(best.values.softmax(0), 1)]
         words.append(int(word))
         u = method.inject(word[None], memory)
@@ -336,11 +336,10 @@ def check_inputs(run: Run, args) -> None:
         raise UsageError(f"--prompt: {run.task.name} is no text; its inputs are --files")
     if (args.files or args.tol) and text:
         raise UsageError(f"--files, --tol: {run.task.name} is a text; its inputs are a --prompt")
-    if args.tokens < 1 or args.temperature <= 0 or args.top_k < 0:
-        raise UsageError("--tokens must be >= 1, --temperature > 0 and --top-k >= 0")
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]):
+    """The command line, its numbers within their ranges."""
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of train.py")
@@ -370,6 +369,13 @@ def main(argv: list[str]) -> None:
         raise UsageError(
             "--decay must be in (0, 1), or 0 for the validated one; --tol must be >= 0"
         )
+    if args.tokens < 1 or args.temperature <= 0 or args.top_k < 0:
+        raise UsageError("--tokens must be >= 1, --temperature > 0 and --top-k >= 0")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
     if not args.run.is_dir():
         raise UsageError(f"--run {args.run}: no such folder; train.py makes one")
     run = open_run(args.run, args.data, args.device)

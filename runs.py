@@ -45,9 +45,9 @@ def student_path(folder: Path, name: str) -> Path:
     return folder / (f"student-{name}.pt" if name else "student.pt")
 
 
-def load_student(path: Path, teacher: Equilibrium) -> dict:
-    """A student's checkpoint; UsageError where it was distilled from another teacher."""
-    saved = load(path, "student")
+def load_of(path: Path, kind: str, teacher: Equilibrium) -> dict:
+    """The checkpoint of a student or learned solver; UsageError where it is another teacher's."""
+    saved = load(path, kind)
     if saved["teacher"] != fingerprint(teacher):
         raise UsageError(
             f"{path} was distilled from another teacher than the one beside it; delete it"
@@ -108,12 +108,20 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
         names = [path.stem.removeprefix("student").removeprefix("-") for path in found]
     students = {}
     for name in names:
-        saved = load_student(student_path(folder, name), teacher)
+        saved = load_of(student_path(folder, name), "student", teacher)
         if "decay" in saved:
             student = build_student(teacher, saved["config"], saved["rho"])
             student.load_state_dict(saved["ema"])
             students[name] = (student.to(device).eval().requires_grad_(False), saved["decay"])
             config = config | {"K": saved["config"]["K"]}
+    return Run(
+        *(folder, task, config, teacher, students),
+        *(open_explicit(folder, task, device), open_learned(folder, teacher, device), device),
+    )
+
+
+def open_explicit(folder: Path, task: Task, device: torch.device) -> dict[str, nn.Module]:
+    """The finished explicit networks of a run folder, by name."""
     explicit = {}
     for path in sorted(folder.glob("explicit-*.pt")):
         kind, saved = path.stem.removeprefix("explicit-"), load(path, "explicit")
@@ -123,14 +131,24 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
             foreign = saved["config"].get("pretrained")
             name = f"{kind} (torchvision's weights)" if foreign else kind
             explicit[name] = net.to(device).eval()
-    learned = {}
+    return explicit
+
+
+def open_learned(
+    folder: Path, teacher: Equilibrium, device: torch.device
+) -> dict[str, LearnedSolver]:
+    """The finished learned solvers of a run folder, by name."""
+    solvers = {}
     for kind in LEARNED_SOLVERS:
-        saved = load(folder / f"{kind}.pt", kind) if (folder / f"{kind}.pt").exists() else None
-        if saved and saved["step"] >= saved["config"]["solver_updates"]:
+        path = folder / f"{kind}.pt"
+        if not path.exists():
+            continue
+        saved = load_of(path, kind, teacher)
+        if saved["step"] >= saved["config"]["solver_updates"]:
             solver = build_learned(teacher, kind, saved["config"]["m"])
             solver.load_state_dict(saved["model"])
-            learned[kind] = solver.to(device).eval().requires_grad_(False)
-    return Run(folder, task, config, teacher, students, explicit, learned, device)
+            solvers[kind] = solver.to(device).eval().requires_grad_(False)
+    return solvers
 
 
 LIBC = ctypes.CDLL(None)  # the process's own symbols: the C library among them

@@ -163,7 +163,7 @@ class Trainer:
         if not path.exists():
             return 0
         saved = load(path, stage)
-        self.bind(path, saved["config"], stage, BOTH)
+        self.bind(path, saved["config"], LEARNED if stage in LEARNED_SOLVERS else stage, BOTH)
         for key, value in extra.items():  # what the student depends on: its clock, its teacher
             if saved[key] != value:
                 raise UsageError(f"{path} has {key} {saved[key]}, not {value}; delete it")
@@ -361,7 +361,7 @@ def train_learned(run: Trainer, teacher: Equilibrium) -> None:
     config, kind = run.config, run.config.stage
     path = run.folder / f"{kind}.pt"
     if finished(path, kind, config.solver_updates):
-        run.bind(path, load(path, kind)["config"], LEARNED, BOTH)
+        run.bind(path, runs.load_of(path, kind, teacher)["config"], LEARNED, BOTH)
         return
     torch.manual_seed(config.seed)
     solver = runs.build_learned(teacher, kind, config.m).to(run.device)
@@ -412,7 +412,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     """Consistency distillation, Alg. 2; `pick_decay` finishes it."""
     config, path = run.config, runs.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
-        run.bind(path, runs.load_student(path, teacher)["config"], STUDENT, BOTH)
+        run.bind(path, runs.load_of(path, "student", teacher)["config"], STUDENT, BOTH)
         return
     begin, store = time.perf_counter(), make_store(run, teacher)
     rows = store.batch(0)[2]

@@ -121,5 +121,11 @@ def test_a_learned_solver_has_its_rows(tmp_path):
     rows = infer.evaluate(run, table, run.task.valid, (1, 3))["hyperdeq"]
     assert [row["nfe"] for row in rows] == [1, 3]
     assert compare.parameters(run, "hyperdeq") > compare.parameters(run, "anderson")
+    with pytest.raises(UsageError, match=r"made with --solver_lr 0\.008, not 0\.1"):
+        train.main([*flags, "--stage=hyperdeq", "--solver_lr=0.1"])
     with pytest.raises(UsageError, match="--stage ignn-solver: ignn-solver needs a network of a"):
         train.main([*flags, "--stage=ignn-solver"])
+    (tmp_path / "teacher.pt").unlink()
+    train.main([*flags, "--stage=teacher", "--seed=1"])
+    with pytest.raises(UsageError, match="distilled from another teacher"):
+        infer.open_run(tmp_path, device="cpu")
