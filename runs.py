@@ -45,6 +45,17 @@ def student_path(folder: Path, name: str) -> Path:
     return folder / (f"student-{name}.pt" if name else "student.pt")
 
 
+def fill(part, state: dict, path: Path) -> None:
+    """part.load_state_dict(state); UsageError where the sizes are those of other data."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{path} does not fit the data at hand (another vocabulary, other classes): {reason}"
+        ) from error
+
+
 def load_of(path: Path, kind: str, teacher: Equilibrium) -> dict:
     """The checkpoint of a student or learned solver; UsageError where it is another teacher's."""
     saved = load(path, kind)
@@ -101,7 +112,7 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
         )
     task = open_task(config | {"data": data or config["data"]})
     teacher = task.network(config)
-    teacher.load_state_dict(saved["model"])
+    fill(teacher, saved["model"], folder / "teacher.pt")
     teacher.to(device).eval().requires_grad_(False)
     if names is None:
         found = sorted(folder.glob("student*.pt"))

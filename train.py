@@ -168,7 +168,7 @@ class Trainer:
             if saved[key] != value:
                 raise UsageError(f"{path} has {key} {saved[key]}, not {value}; delete it")
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            runs.fill(part, saved[name], path)
         return saved["step"]
 
 

@@ -17,6 +17,7 @@ import collections
 import functools
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -92,16 +93,19 @@ def read_folder(folder: Path) -> tuple[list[str], list[Tensor]]:
     cache = folder / "cdeq-words.npz"
     if cache.exists():
         try:
-            saved = np.load(cache)
-            if saved["key"].tolist() == key:
-                known = saved["vocabulary"].tobytes().decode().split("\n")
-                return known, [torch.from_numpy(saved[part].astype(np.int64)) for part in PARTS]
-        except (OSError, ValueError, KeyError):  # damaged: made anew
+            with np.load(cache) as saved:
+                if saved["key"].tolist() == key:
+                    known = saved["vocabulary"].tobytes().decode().split("\n")
+                    return known, [torch.from_numpy(saved[part].astype(np.int64)) for part in PARTS]
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: made anew
             pass
     texts = []
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            texts.append(words(lines))
+        try:
+            with open(file, encoding="utf-8") as lines:
+                texts.append(words(lines))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} cannot be read as UTF-8 text ({error})") from error
         if len(texts[-1]) < 2:
             raise UsageError(f"{file} is empty")
     known = vocabulary(texts[0])

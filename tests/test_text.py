@@ -275,6 +275,27 @@ def test_words_keep_their_case_and_lines_their_ends(tmp_path):
     assert text.read_folder(tmp_path)[0][1] == "new"  # the cache is of other files
 
 
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:300], lambda raw: b"x" * 99])
+def test_a_damaged_cache_is_made_anew(tmp_path, damage):
+    known, _ = text.read_folder(make(tmp_path, "a b c\n", "a b\n", "c\n"))
+    cache = tmp_path / "cdeq-words.npz"
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert text.read_folder(tmp_path)[0] == known
+
+
+def test_other_words_than_a_runs_are_refused(tmp_path):
+    """infer.py --data with another vocabulary: one line, no traceback."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    here = make(tmp_path / "a", "a b c d\n" * 40, "a b\n" * 20, "c d\n" * 20)
+    other = make(tmp_path / "b", "a b c d e f g h\n" * 40, "a b\n" * 20, "c d\n" * 20)
+    flags = [flag for flag in TINY if "task" not in flag]
+    train.main(
+        [*flags, "--task=text", f"--data={here}", f"--out={tmp_path}/run", "--stage=teacher"]
+    )
+    with pytest.raises(UsageError, match="does not fit the data at hand"):
+        infer.open_run(tmp_path / "run", str(other), "cpu")
+
+
 def make(folder, train_text: str, valid: str, test: str):
     for part, lines in zip(("train", "valid", "test"), (train_text, valid, test), strict=True):
         (folder / f"wiki.{part}.tokens").write_text(lines)
