@@ -40,6 +40,7 @@ from infer import Method
 from models import Equilibrium
 from models.learned_solver import learned
 from runs import Run
+from student import Student
 from tables import LAM1, LAM2, TITLES, grid_lines, write
 from tasks import Task, text
 
@@ -91,6 +92,8 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
         table[name] = solved_by(net, method, solver.initial, counts)
     for name, (student, decay) in run.students.items():
         table[label(name)] = infer.counted(student, decay)
+        if not name and not student.own_injection:
+            table["cdeq+anderson"] = jump_then_solve(run, student, decay)
         if net.sample_dims > 1 and not name:
             shared = copy.copy(student)
             shared.two_point = student.two_point | {"sample_dims": 1}
@@ -117,6 +120,14 @@ def solved_by(
         return torch.cat([z0[None], states]) if counts else states
 
     return Method(solve, net.inject, f)
+
+
+def jump_then_solve(run: Run, student: Student, decay: float) -> Method:
+    """The student's first answer in place of z_0, then the teacher's Anderson acceleration: the
+    jump of the one, the convergence of the other."""
+    net, dims = run.teacher, {"sample_dims": run.teacher.sample_dims}
+    start = lambda u: infer.cdeq(student, net.initial(u), u, 1, decay, last=True)  # noqa: E731
+    return solved_by(net, partial(anderson, **dims, **run.solver()), start, counts=True)
 
 
 # torchdeq's solvers: the module, the function, the evaluations before its first answer.
@@ -333,7 +344,7 @@ def memories(run: Run, table: dict, split: str, batch: int) -> list[dict]:
 
 def parameters(run: Run, method: str) -> int:
     """Trainable numbers that a method needs: the teacher's, and the student's beside them."""
-    method = method.removesuffix("-shared")
+    method = method.removesuffix("-shared").removesuffix("+anderson")
     networks = [run.teacher, *(s for name, (s, _) in run.students.items() if label(name) == method)]
     networks += [solver for name, solver in run.learned.items() if name == method]
     return sum(p.numel() for net in networks for p in net.parameters())

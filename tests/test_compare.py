@@ -8,6 +8,7 @@ import torch
 import compare
 import infer
 import tables
+from anderson import anderson
 
 
 @pytest.fixture
@@ -84,3 +85,17 @@ def test_torchdeqs_solvers_are_counted_like_ours(run):
     assert torch.allclose(states["torchdeq-fixed-point"], states["picard"], atol=1e-5)
     assert not states["torchdeq-anderson"][2].any() and states["torchdeq-anderson"][3].any()
     assert not states["torchdeq-broyden"][1].any() and states["torchdeq-broyden"][2].any()
+
+
+@torch.no_grad()
+def test_a_jump_then_the_solver(run):
+    """NFE 1 is the student's first answer; from there the teacher's solver."""
+    both, alone = (compare.methods(run)[name] for name in ("cdeq+anderson", "cdeq"))
+    x, _ = run.task.test.batch(torch.arange(4))
+    u = run.teacher.inject(x)
+    z0 = run.teacher.initial(u)
+    states = both.solve(z0, u, 4)
+    assert both.counter.nfe == 4 and len(states) == 5
+    assert torch.equal(states[1], alone.solve(z0, u, 1, last=True)) and alone.counter.nfe == 1
+    expected = anderson(lambda z: run.teacher.f(z, u), states[1], 3, **run.solver())
+    assert torch.allclose(states[1:], expected, atol=1e-6)
