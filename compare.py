@@ -1,8 +1,9 @@
 r"""Side by side: every method at equal NFE, over seeds, with time and memory; ablations.
 
-    python compare.py --task digits --seeds 0 1 2          main table  -> results/digits.json
-    python compare.py --task digits --seeds 0 1 2 --ablation  -> digits-ablation.json
-    python compare.py --task pydoc --seeds 0 --grid        Table 4     -> pydoc-grid.json
+    python compare.py --task digits --seeds 0 1 2          its table   -> results/digits.json
+    python compare.py --task pydoc --seeds 0 --tables 4    loss weights -> pydoc-grid.json
+    python compare.py --task digits --figures 3            Anderson step -> digits-aa.json
+    python compare.py --task digits --ablation             our recipe  -> digits-ablation.json
     torchrun --nproc_per_node=2 compare.py --task wikitext2 --seeds 0 --finished    by two processes
 
 Each run that is missing is trained first, by the train.py command that the JSON names. Beside every
@@ -42,9 +43,9 @@ from models.learned_solver import learned
 from runs import Run
 from student import Student
 from tables import LAM1, LAM2, TITLES, grid_lines, write
-from tasks import Task, text
+from tasks import Task, graphs, text
 
-# Fig. 3, and each ingredient of the default recipe removed in turn.
+# Each ingredient of the default recipe removed in turn.
 ABLATIONS = {
     "no-k0": ["--k0", "0"],
     "no-rollout": ["--rollout", "0"],
@@ -57,17 +58,33 @@ ABLATIONS = {
     "rolling-store": ["--store", "rolling", "--cache_gb", "0.00708"],
 }
 
-
+# Fig. 3, of both recipes.
+AA = {
+    "no-anderson": ["--no-aa"],
+    "paper": ["--recipe", "paper"],
+    "paper-no-anderson": ["--recipe", "paper", "--no-aa"],
+}
 # Table 4.
 GRID = {
     f"lam1-{lam1}-lam2-{lam2}": ["--lam1", lam1, "--lam2", lam2] for lam1 in LAM1 for lam2 in LAM2
 }
-# Students beside the default one in a task's main table.
-VARIANTS = {"paper": ["--recipe", "paper"]}
-TEXT_VARIANTS = {
+# Students beside the default one in a task's own table.
+BESIDE = {"paper": ["--recipe", "paper"]}
+BESIDE_TEXT = {
     "no-task": ["--lam2", "0"],
     "every": ["--rollout_every", "--lam2", "0.1", "--student_steps", "800"],
 }
+# What the files of results/ are called, and the numbers of the paper that are in them.
+TABLES = {1: "", 2: "", 3: "", 4: "grid", 5: ""}
+FIGURES = {2: "", 3: "aa"}
+
+
+def students(task: str, part: str) -> dict[str, list[str]]:
+    """The students of a part of the results, by name, with their flags for train.py."""
+    if part == "grid":
+        return GRID
+    beside = BESIDE | (BESIDE_TEXT if task in text.TASKS else {})
+    return {"": []} | {"": beside, "aa": AA, "ablation": ABLATIONS}[part]
 
 
 def methods(run: Run, peers: bool = False) -> dict[str, Method]:
@@ -469,32 +486,48 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="digits")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--tables", type=int, nargs="+", default=[], help="the paper's, 1 to 5: 1 of a text, 2 of "
+        "images, 3 of a graph, 4 loss weights, 5 memory by NFE")  # fmt: skip
+    add("--figures", type=int, nargs="+", default=[], help="2: residual by NFE; 3: Anderson step")
     add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
-    add("--grid", action="store_true", help="Table 4: the loss weights lam1 and lam2")
     add("--finished", action="store_true", help="train nothing, report what is there")
     add("--peers", action="store_true", help="torchdeq's solvers beside ours")
     add("--results", type=Path, default=Path("results"), help="where to write")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
-    options = dict(extra=args.flags, finished=args.finished, peers=args.peers)
-    variants, name, keys = {"": []} | VARIANTS, args.task, tuple(TITLES)
-    if args.task in text.TASKS:
-        variants |= TEXT_VARIANTS
-    if args.ablation or args.grid:
-        name, keys, options["whole"] = f"{args.task}-ablation", ("value", "distance"), False
-        variants = {"": []} | ABLATIONS
-    if args.grid:
-        variants, name = GRID, f"{args.task}-grid"
+    parts = wanted_parts(args)
     if "RANK" in os.environ:
         if not args.finished:
             raise UsageError("under torchrun, compare.py trains nothing: add --finished")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    result = table_over_seeds(args.task, args.seeds, variants, **options)
+    options = dict(extra=args.flags, finished=args.finished, peers=args.peers)
+    for part in parts:
+        result = table_over_seeds(
+            args.task, args.seeds, students(args.task, part), **options, whole=not part
+        )
+        if result:  # the first process writes
+            stem = args.results / (f"{args.task}-{part}" if part else args.task)
+            further = grid_lines(result) if part == "grid" else ""
+            keys = ("value", "distance", "residual") if part else tuple(TITLES)
+            print(write(result, stem, further, keys=keys))
     if dist.is_initialized():
         runs.leave()
-    if not result:  # the first process writes
-        return
-    print(write(result, args.results / name, grid_lines(result) if args.grid else "", keys=keys))
+
+
+def wanted_parts(args) -> list[str]:
+    """The parts of the results that a command line asks for; UsageError where there is no such."""
+    own = 1 if args.task in text.TASKS else 3 if args.task in graphs.TASKS else 2
+    for flag, numbers, known in (
+        ("--tables", args.tables, {number: TABLES[number] for number in (own, 4, 5)}),
+        ("--figures", args.figures, FIGURES),
+    ):
+        for number in numbers:
+            if number not in known:
+                allowed = " | ".join(map(str, known))
+                raise UsageError(f"{flag} {number}: of {args.task}, allowed is {allowed}")
+    parts = [TABLES[n] for n in args.tables] + [FIGURES[n] for n in args.figures]
+    parts += ["ablation"] if args.ablation else []
+    return list(dict.fromkeys(parts)) or [""]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The tables: what counts as equal, what is merged, what stays empty."""
 
 import dataclasses
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import compare
 import infer
 import tables
 from anderson import anderson
+from checkpoint import UsageError
 
 
 @pytest.fixture
@@ -99,3 +101,19 @@ def test_a_jump_then_the_solver(run):
     assert torch.equal(states[1], alone.solve(z0, u, 1, last=True)) and alone.counter.nfe == 1
     expected = anderson(lambda z: run.teacher.f(z, u), states[1], 3, **run.solver())
     assert torch.allclose(states[1:], expected, atol=1e-6)
+
+
+def test_the_papers_tables_and_figures_are_parts_of_the_results():
+    """One table holds several of them; those of other data are refused."""
+
+    def parts(task, *numbers):
+        wanted = dict(zip(("tables", "figures"), numbers, strict=True))
+        return compare.wanted_parts(Namespace(task=task, **wanted, ablation=False))
+
+    assert parts("pydoc", [1, 4, 5], [2, 3]) == ["", "grid", "aa"]
+    assert parts("cora", [3], []) == parts("cora", [], []) == [""]
+    for bad in (("digits", [1], []), ("cora", [2], []), ("pydoc", [], [1])):
+        with pytest.raises(UsageError, match="allowed is"):
+            parts(*bad)
+    assert [*compare.students("digits", "aa")] == ["", "no-anderson", "paper", "paper-no-anderson"]
+    assert {*compare.students("pydoc", "")} > {"", "paper"} and len(compare.GRID) == 12
