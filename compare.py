@@ -42,7 +42,7 @@ from models import Equilibrium
 from models.learned_solver import learned
 from runs import Run
 from student import Student
-from tables import LAM1, LAM2, TITLES, grid_lines, write
+from tables import LAM1, LAM2, write
 from tasks import Task, graphs, text
 
 # Each ingredient of the default recipe removed in turn.
@@ -507,9 +507,7 @@ def main(argv: list[str]) -> None:
         )
         if result:  # the first process writes
             stem = args.results / (f"{args.task}-{part}" if part else args.task)
-            further = grid_lines(result) if part == "grid" else ""
-            keys = ("value", "distance", "residual") if part else tuple(TITLES)
-            print(write(result, stem, further, keys=keys))
+            print(write(result, stem))
     if dist.is_initialized():
         runs.leave()
 

@@ -1,10 +1,13 @@
 """Reports as people read them: Markdown tables and figures of what compare.py measured.
 
+    python tables.py        makes results/*.md anew from its JSON files, and the README's tables
+
 A report is a dict, the contents of report.json and of results/*.json; nothing is computed here, and
 what was not measured stays empty.
 """
 
 import json
+import re
 from pathlib import Path
 
 from checkpoint import atomic
@@ -18,19 +21,14 @@ TITLES = {
 }
 
 
-def markdown(result: dict, keys: tuple[str, ...] = tuple(TITLES)) -> str:
+def markdown(result: dict) -> str:
     """The report as tables: a row per method, a column per NFE."""
+    teacher, seeds = result["teacher"], ", ".join(map(str, result["seeds"]))
     implicit = [row for row in result["rows"] if row["nfe"]]
-    explicit = [row for row in result["rows"] if not row["nfe"]]
     nfes = sorted({row["nfe"] for row in implicit})
     cells = {(row["method"], row["nfe"]): row for row in implicit}
-    teacher = result["teacher"]
-    seeds = ", ".join(map(str, result["seeds"]))
-
-    def few(row: dict) -> str:
-        n, all_ = row["n"], len(result["seeds"])
-        return f" ({n} of {all_} seeds)" if 0 < n < all_ else ""
-
+    names = dict.fromkeys(row["method"] for row in implicit)
+    few = {name: some(cells[name, nfes[0]], result) for name in names}
     lines = [
         f"# {result.get('note') or result['task']} by NFE",
         "",
@@ -38,37 +36,48 @@ def markdown(result: dict, keys: tuple[str, ...] = tuple(TITLES)) -> str:
         f"{spread(teacher)}, relative residual {teacher['residual']:.1e}. Seeds {seeds}.",
         f"`{result['command']}` at commit {result['commit'][:12]}.",
     ]
-    for key in keys:
-        lines += [
-            "",
-            f"## {TITLES[key].format(**result)}",
-            "",
-            "| method | " + " | ".join(map(str, nfes)) + " |",
-        ]
-        lines.append("|---" * (len(nfes) + 1) + "|")
-        for method in dict.fromkeys(row["method"] for row in implicit):
-            row = [number(cells[method, nfe], key) for nfe in nfes]
-            lines.append(f"| {method}{few(cells[method, nfes[0]])} | " + " | ".join(row) + " |")
-    lines += ["", "## parameters and peak memory from input to logits (bytes) by NFE", ""]
-    lines += [
-        f"| method | parameters | {' | '.join(map(str, nfes))} |",
-        "|---" * (len(nfes) + 2) + "|",
-    ]
-    for method in dict.fromkeys(row["method"] for row in implicit):
-        row = [number(cells[method, nfe], "peak_memory_bytes") for nfe in nfes]
-        params = number(cells[method, nfes[0]], "params")
-        lines.append(f"| {method} | {params} | {' | '.join(row)} |")
+
+    def of(key: str) -> list[list[str]]:
+        return [[number(cells[name, nfe], key) for nfe in nfes] for name in names]
+
+    for key, title in TITLES.items():
+        rows = [[f"{name}{few[name]}", *row] for name, row in zip(names, of(key), strict=True)]
+        lines += table(title.format(**result), ["method", *map(str, nfes)], rows)
+    params = (number(cells[name, nfes[0]], "params") for name in names)
+    rows = [[*two, *row] for *two, row in zip(names, params, of("peak_memory_bytes"), strict=True)]
+    title = "parameters and peak memory of an answer (bytes) by NFE"
+    lines += table(title, ["method", "parameters", *map(str, nfes)], rows)
     lines += equal_lines(result) + memory_lines(result, nfes)
-    columns = ("value", "valid", "params", "seconds_per_batch", "peak_memory_bytes")
+    return "\n".join(lines + explicit_lines(result) + grid_lines(result)) + "\n"
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table under its title."""
+    return [
+        *("", f"## {title}", ""),
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def some(row: dict, result: dict) -> str:
+    """Said of a row that not all seeds have."""
+    n, all_ = row["n"], len(result["seeds"])
+    return f" ({n} of {all_} seeds)" if 0 < n < all_ else ""
+
+
+def explicit_lines(result: dict) -> list[str]:
+    """The table of the networks of finite depth, where there are any."""
+    explicit = [row for row in result["rows"] if not row["nfe"]]
+    columns = ["value", "valid", "params", "seconds_per_batch", "peak_memory_bytes"]
     if not any("valid" in row for row in explicit):  # tables made before it was measured
-        columns = tuple(column for column in columns if column != "valid")
-    if explicit:
-        lines += ["", "## networks of finite depth", "", f"| network | {' | '.join(columns)} |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for row in explicit:
-            line = (number(row, key) for key in columns)
-            lines.append(f"| {row['method']}{few(row)} | {' | '.join(line)} |")
-    return "\n".join(lines) + "\n"
+        columns.remove("valid")
+    rows = [
+        [f"{row['method']}{some(row, result)}", *(number(row, key) for key in columns)]
+        for row in explicit
+    ]
+    return table("networks of finite depth", ["network", *columns], rows) if rows else []
 
 
 def memory_lines(result: dict, nfes: list[int]) -> list[str]:
@@ -81,17 +90,19 @@ def memory_lines(result: dict, nfes: list[int]) -> list[str]:
         for r in result["rows"]
         if r["method"] in {method for method, _, _ in rows}
     }
-    lines = ["", f"## {result['metric']} by the memory of the segment before", ""]
-    lines += [f"| method | memory | {' | '.join(map(str, nfes))} |", "|---" * (len(nfes) + 2) + "|"]
-    for method in dict.fromkeys(method for method, _, _ in rows):
-        for kind in ("own", "teacher", "none"):
-            cells = " | ".join(number(rows[method, kind, nfe], "value") for nfe in nfes)
-            lines.append(f"| {method} | {kind} | {cells} |")
-    return lines
+    lines = [
+        [name, kind, *(number(rows[name, kind, nfe], "value") for nfe in nfes)]
+        for name in dict.fromkeys(name for name, _, _ in rows)
+        for kind in ("own", "teacher", "none")
+    ]
+    title = f"{result['metric']} by the memory of the segment before"
+    return table(title, ["method", "memory", *map(str, nfes)], lines)
 
 
 def equal_lines(result: dict) -> list[str]:
     """The table of evaluations and seconds to the converged teacher's metric, less the margin."""
+    if "equal" not in result:  # tables made before it was measured
+        return []
     margin, before = f"less {result['margin']:g}", result["injection_seconds"]
     if not result["higher_is_better"]:
         margin = f"within {result['margin']:.0%}"
@@ -168,9 +179,22 @@ def figure(result: dict, path: Path) -> None:
     pyplot.close(canvas)
 
 
-def write(result: dict, stem: Path, text: str = "", **options) -> str:
-    """STEM.json, STEM.md and STEM.png; returns the Markdown. text: further tables for its end."""
-    text = markdown(result, **options) + text
+def grid_lines(result: dict) -> list[str]:
+    """Table 4, where its students are: the metric at the most evaluations by lam2 and lam1."""
+    most = max(row["nfe"] for row in result["rows"] if row["nfe"])
+    cells = {row["method"]: row for row in result["rows"] if row["nfe"] == most}
+    rows = [
+        [lam2, *(number(cells.get(f"cdeq-lam1-{lam1}-lam2-{lam2}", {}), "value") for lam1 in LAM1)]
+        for lam2 in LAM2
+    ]
+    if not any(cell for _, *row in rows for cell in row):
+        return []
+    return table(f"{result['metric']} at NFE {most} by loss weights", ["lam2 \\ lam1", *LAM1], rows)
+
+
+def write(result: dict, stem: Path) -> str:
+    """STEM.json, STEM.md and STEM.png; returns the Markdown."""
+    text = markdown(result)
     for suffix, contents in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
         with atomic(stem.with_suffix(suffix)) as file:
             file.write(contents.encode())
@@ -178,13 +202,43 @@ def write(result: dict, stem: Path, text: str = "", **options) -> str:
     return text
 
 
-def grid_lines(result: dict) -> str:
-    """Table 4: the metric at the most evaluations, lam2 down, lam1 across."""
-    most = max(row["nfe"] for row in result["rows"] if row["nfe"])
-    rows = {row["method"]: row for row in result["rows"] if row["nfe"] == most}
-    lines = ["", f"## {result['metric']} at NFE {most} by loss weights", ""]
-    lines += [f"| lam2 \\ lam1 | {' | '.join(LAM1)} |", "|---" * (len(LAM1) + 1) + "|"]
-    for lam2 in LAM2:
-        cells = (number(rows[f"cdeq-lam1-{lam1}-lam2-{lam2}"], "value") for lam1 in LAM1)
-        lines.append(f"| {lam2} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+PARTS = {"value": 0, "equal": "as good as", "memory": "by the memory", "explicit": "finite depth"}
+
+
+def excerpt(text: str, part: str) -> list[str]:
+    """The lines of one table of a report, that of the metric with what is said of the teacher."""
+    said, *sections = text.split("\n## ")
+    titles = [section.splitlines()[0] for section in sections]
+    wanted = PARTS.get(part, part)
+    if wanted == 0:
+        teacher = " ".join(line for line in said.splitlines()[1:] if line)
+        return [teacher, "", *(line for line in sections[0].splitlines() if line.startswith("|"))]
+    place = next(i for i, title in enumerate(titles) if wanted in title)
+    return [line for line in sections[place].splitlines() if line.startswith("|")]
+
+
+def filled(readme: str, results: Path) -> str:
+    """The README with the tables that its comments `NAME.md: PART` ask for as results/ has them."""
+
+    def fill(match: re.Match) -> str:
+        text = (results / match[1]).read_text()
+        return "\n".join(
+            [f"<!-- {match[1]}: {match[2]} -->", *excerpt(text, match[2]), "<!-- end -->"]
+        )
+
+    return re.sub(r"<!-- (\S+\.md): (.+?) -->\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Makes every results/*.md anew from its JSON, and the README's tables from these."""
+    here = Path(__file__).parent
+    for path in sorted((here / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        if "rows" in result:
+            path.with_suffix(".md").write_text(markdown(result))
+    readme = here / "README.md"
+    readme.write_text(filled(readme.read_text(), here / "results"))
+
+
+if __name__ == "__main__":
+    main()
