@@ -35,7 +35,8 @@ def test_a_run_leaves_everything_it_promises(tiny_run):
     assert names >= {"teacher.pt", "student.pt", "student-paper.pt", "log.jsonl"}
     assert names >= {"report.json", "report.md", "report.png"}
     report = json.loads((tiny_run / "report.json").read_text())
-    assert {row["method"] for row in report["rows"]} == {"picard", "anderson", "cdeq", "cdeq-paper"}
+    methods = {"picard", "anderson", "cdeq", "cdeq+anderson", "cdeq-paper"}
+    assert {row["method"] for row in report["rows"]} == methods
     assert report["split"] == "test" and len(report["commit"]) >= 40
     assert [row["nfe"] for row in report["rows"] if row["method"] == "cdeq"] == [1, 2, 3, 4, 8, 16]
 
