@@ -116,5 +116,7 @@ def provenance() -> dict:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    world = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node={world}" if world else "python"
+    command = " ".join([launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"command": command, "commit": git("rev-parse", "HEAD") + ("+" if changed else "")}

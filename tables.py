@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from checkpoint import atomic
+from checkpoint import UsageError, atomic, plain_errors
 
 LAM1, LAM2 = ("0", "0.2", "0.4", "0.6", "0.8", "1"), ("0", "0.05")
 TITLES = {
@@ -213,7 +213,9 @@ def excerpt(text: str, part: str) -> list[str]:
     if wanted == 0:
         teacher = " ".join(line for line in said.splitlines()[1:] if line)
         return [teacher, "", *(line for line in sections[0].splitlines() if line.startswith("|"))]
-    place = next(i for i, title in enumerate(titles) if wanted in title)
+    place = next((i for i, title in enumerate(titles) if wanted in title), None)
+    if place is None:
+        raise UsageError(f"a report has no table {part!r}; its tables are {' | '.join(titles)}")
     return [line for line in sections[place].splitlines() if line.startswith("|")]
 
 
@@ -221,6 +223,8 @@ def filled(readme: str, results: Path) -> str:
     """The README with the tables that its comments `NAME.md: PART` ask for as results/ has them."""
 
     def fill(match: re.Match) -> str:
+        if not (results / match[1]).exists():
+            raise UsageError(f"README.md asks for {match[1]}, which is not in {results.name}/")
         text = (results / match[1]).read_text()
         return "\n".join(
             [f"<!-- {match[1]}: {match[2]} -->", *excerpt(text, match[2]), "<!-- end -->"]
@@ -241,4 +245,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import tables
+from checkpoint import UsageError, provenance
 
 from .conftest import ROOT
 
@@ -90,6 +91,8 @@ def test_readme_tables_are_those_of_results():
         assert path.read_text() == tables.markdown(result), path.name
         assert f"<!-- {path.name}: " in README, path.name
     assert tables.filled(README, ROOT / "results") == README
+    with pytest.raises(UsageError, match="no table 'speed'"):
+        tables.filled("<!-- digits.md: speed -->\n<!-- end -->", ROOT / "results")
     spoiled = re.sub(r"(\| cdeq \| \d)", r"\g<1>7", README)
     assert spoiled != README and tables.filled(spoiled, ROOT / "results") == README
 
@@ -99,3 +102,10 @@ def test_every_result_names_a_clean_commit(name):
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     commits = [result["commit"], *(run["commit"] for run in result.get("runs", []))]
     assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits)
+
+
+def test_a_result_names_its_launcher(monkeypatch):
+    """The command behind a result is the one to repeat it by."""
+    assert provenance()["command"].startswith("python ")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert provenance()["command"].startswith("torchrun --nproc_per_node=2 ")
