@@ -39,7 +39,7 @@ from checkpoint import UsageError, plain_errors, provenance, versions
 from config import TASKS, command_line, open_task
 from infer import Method
 from models import Equilibrium
-from models.learned_solver import learned
+from models.learned_solver import learned, start_share
 from runs import Run
 from student import Student
 from tables import LAM1, LAM2, write
@@ -104,7 +104,8 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
     for name, solver in run.learned.items():
         x, y = run.task.test.batch(torch.arange(1))
         u = net.inject(next(net.segments(x, y))[0].to(run.device))
-        counts = solver.start_share(u) >= 0.5  # f-sized, as on small networks: an evaluation
+        # A start that is f-sized, as on small networks, is an evaluation.
+        counts = start_share(solver.start, net, u) >= 0.5
         method = partial(learned, solver=solver, **dims)
         table[name] = solved_by(net, method, solver.initial, counts)
     for name, (student, decay) in run.students.items():

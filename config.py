@@ -105,6 +105,7 @@ class Config:
     distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", STUDENT)
     own_injection: bool = opt(False, "the student trains its own injection", "", STUDENT)
     first: bool = opt(False, "a W of its own at t_0, fitted by least squares", "", STUDENT)
+    start: bool = opt(False, "a learned guess in place of z_0", "", STUDENT)
     aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
     alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
     k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
@@ -147,9 +148,10 @@ class Config:
 RECIPES = {
     "rollout": {},
     "paper": dict(
-        k0=0.0, local="earlier", rollout=0.0, lam2=0.05, first=False, trajectory=1.0, name="paper"
+        k0=0.0, local="earlier", rollout=0.0, lam2=0.05, first=False, start=False, trajectory=1.0,
+        name="paper",
     ),
-}
+}  # fmt: skip
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 

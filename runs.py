@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import UsageError, contents_of, fingerprint, load, ours
-from config import LEARNED_SOLVERS, open_task
+from config import LEARNED_SOLVERS, Config, open_task
 from fpode import TimeMap
 from models import Equilibrium, mdeq, transformer
 from models.learned_solver import LearnedSolver
@@ -87,8 +87,9 @@ def teacher_weights(path: Path) -> dict[str, Tensor]:
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     """A fresh student with the clock and the options of a training configuration."""
     times = TimeMap(rho, config["K"], config["eps"], config["T"])
-    options = ("gamma", "aa", "alpha_grad", "own_injection", "first")
-    return Student(teacher, times, *(config[key] for key in options))
+    options = ("gamma", "aa", "alpha_grad", "own_injection", "first", "start")
+    known = (config.get(key, getattr(Config, key)) for key in options)  # older runs lack some
+    return Student(teacher, times, *known)
 
 
 def build_learned(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:

@@ -18,6 +18,7 @@ in the student, which is no contraction: P has to overshoot.
 Departs from the paper: at k = 0 there is no history and P = h (as Alg. 1, line 1 has it). Writing
 that as z_{-1} = z_0 needs no special case, for a repeated state makes S_AA the plain step. With
 `first`, W is another one at t_0: no single W both carries z_0 = 0 to z* and leaves z* in its place.
+With `start`, h looks at t_0 at a small network's guess of z* from u, as HyperDEQ does, not at z_0.
 """
 
 import copy
@@ -32,6 +33,7 @@ from torch.nn.utils import parametrize
 from anderson import two_point
 from fpode import TimeMap
 from models import Equilibrium
+from models.learned_solver import start_for
 
 Time = Tensor | float  # of each sample, (B,), or of all
 # h(z_{j-1}, t_{j-1}, x) and its residual h - z_{j-1}, kept from the step before
@@ -45,6 +47,7 @@ class Student(nn.Module):
     gamma >= 1: exponent of c_skip. anderson=False drops Eq. 7 and takes P = h (Fig. 3's ablation).
     alpha_grad: let gradients through the two-point weights. own_injection: train a copy of the
     teacher's injection instead of sharing it. first: a W_0 of its own at t_0, see `fit_first`.
+    start: a guess in place of z_0; a fresh one is 0.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Student(nn.Module):
         alpha_grad: bool = False,
         own_injection: bool = False,
         first: bool = False,
+        start: bool = False,
     ):
         super().__init__()
         self.times, self.gamma, self.anderson = times, gamma, anderson
@@ -67,6 +71,10 @@ class Student(nn.Module):
         for W in (*self.W, *self.W_0):
             nn.init.eye_(W.weight)
             nn.init.zeros_(W.bias)
+        self.start = start_for(self.cell) if start else None
+        if start:
+            for p in self.start.out.parameters():
+                nn.init.zeros_(p)
         self.own_injection = own_injection
         if own_injection:
             self.injection = fold(copy.deepcopy(teacher.injection)).requires_grad_(True)
@@ -100,6 +108,7 @@ class Student(nn.Module):
         normal = [W.weight.new_zeros(len(W.bias) + 1, 2 * len(W.bias) + 1) for W in self.W_0]
         normal = [N.double() for N in normal]
         for z_0, z_K, u in batches:
+            z_0 = self.begin(z_0, self.times.eps, u)
             pairs = zip(normal, self.cell(z_0, u), self.cell.features(z_K), strict=True)
             for N, v, target in pairs:
                 v, target = v.flatten(0, -2).double(), target.flatten(0, -2).double()
@@ -129,8 +138,21 @@ class Student(nn.Module):
             return P, now
         return torch.lerp(P, z, c_skip), now  # Eq. 5
 
+    def begin(self, z: Tensor, t: Time, u: Tensor) -> Tensor:
+        """z, or at t_0 the start's guess if there is one."""
+        s = self.times.s(t)
+        if self.start is None:
+            return z
+        if isinstance(s, Tensor):
+            return torch.where(per_sample(s, z) == 0, self.guess(u), z)
+        return z if s else self.guess(u)
+
+    def guess(self, u: Tensor) -> Tensor:
+        return self.cell.join(self.start(u))
+
     def history(self, z: Tensor, t: Time, u: Tensor) -> tuple[Tensor, Tensor]:
         """What `step` at the next state wants to know of this one: one NFE."""
+        z = self.begin(z, t, u)
         h = self.h(z, t, u)
         return h, h - z
 

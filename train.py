@@ -38,6 +38,7 @@ from config import BOTH, DTYPES, EXPLICIT, LEARNED, LEARNED_SOLVERS, STUDENT, TE
 from fpode import contraction, propose_rho
 from losses import Distillation, LearnedSolverLoss, TeacherLoss, total
 from models import Equilibrium
+from models.learned_solver import start_share
 from student import Student, update_ema
 from tasks import Task, positions
 
@@ -423,6 +424,8 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     run.log(contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
     student = runs.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
+    if config.start:
+        check_start(student, teacher, store.batch(0)[0][:1].to(run.device))
     if config.first:
         student.fit_first(first_pairs(run, store, student))
     ema = runs.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
@@ -450,6 +453,16 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         run.say(f"the teacher's solves took {share:.0%} of the time")
         run.log(solve_share=share)
     barrier(run)
+
+
+def check_start(student: Student, teacher: Equilibrium, x: Tensor) -> None:
+    """UsageError where the student's start is f-sized: it is not counted, f is."""
+    share = start_share(student.start, teacher, student.inject(x))
+    if share >= 0.5:
+        raise UsageError(
+            f"--start: it takes {share:.0%} of the FLOPs of f here, and no NFE counts it; allowed "
+            "is less than half"
+        )
 
 
 def draw_past(run: Trainer, memory: int, rollout, generator: torch.Generator) -> tuple[int, bool]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from anderson import Map, accumulator, iterate
-from models import Equilibrium
+from models import Cell, Equilibrium
 from models.ignn import GraphCell
 from models.mdeq import MDEQCell, conv
 from models.transformer import Context, TransformerCell
@@ -65,14 +65,33 @@ class TextStart(nn.Module):
         return [self.out(self.wide(before).relu()).mT]
 
 
-class GraphStart(nn.Sequential):
+class GraphStart(nn.Module):
     """Two linear maps of each node's injection."""
 
     def __init__(self, d: int, width: int = 32):
-        super().__init__(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, d))
+        super().__init__()
+        self.wide, self.out = nn.Linear(d, width), nn.Linear(width, d)
 
     def forward(self, u: Tensor) -> list[Tensor]:
-        return [super().forward(u)]
+        return [self.out(self.wide(u).relu())]
+
+
+def start_for(cell: Cell) -> nn.Module:
+    """The network u -> features of z_0 for this kind of cell; `out` are its last layers."""
+    kinds = ((MDEQCell, ImageStart), (TransformerCell, TextStart), (GraphCell, GraphStart))
+    start = next(start for kind, start in kinds if isinstance(cell, kind))
+    return start(cell.channels if start is ImageStart else cell.channels[0])
+
+
+@torch.no_grad()
+def start_share(start: nn.Module, net: Equilibrium, u) -> float:
+    """FLOPs of a start as a share of those of one evaluation of f."""
+    flops = []
+    for part in (lambda: start(u), lambda: net.f(net.initial(u), u)):
+        with FlopCounterMode(display=False) as counter:
+            part()
+        flops.append(counter.get_total_flops())
+    return flops[0] / max(1, flops[1])
 
 
 class LearnedSolver(nn.Module):
@@ -86,9 +105,7 @@ class LearnedSolver(nn.Module):
             raise ValueError("ignn-solver needs a network of a graph")
         self.teacher = (net,)  # in a tuple: no part of this module
         self.m, self.graph_net = m, graph_net
-        kinds = ((MDEQCell, ImageStart), (TransformerCell, TextStart), (GraphCell, GraphStart))
-        start = next(start for kind, start in kinds if isinstance(cell, kind))
-        self.start = start(cell.channels if start is ImageStart else cell.channels[0])
+        self.start = start_for(cell)
         self.compress = nn.ModuleList(nn.Linear(C, WIDTH) for C in cell.channels)
         self.mix = nn.Linear(WIDTH, WIDTH)
         self.over_window = nn.Sequential(
@@ -104,16 +121,6 @@ class LearnedSolver(nn.Module):
 
     def initial(self, u) -> Tensor:
         return self.teacher[0].cell.join(self.start(u))
-
-    @torch.no_grad()
-    def start_share(self, u) -> float:
-        """FLOPs of the start as a share of those of one evaluation of f."""
-        net, flops = self.teacher[0], []
-        for part in (lambda: self.initial(u), lambda: net.f(net.initial(u), u)):
-            with FlopCounterMode(display=False) as counter:
-                part()
-            flops.append(counter.get_total_flops())
-        return flops[0] / max(1, flops[1])
 
     def compressed(self, r: Tensor) -> Tensor:
         """A residual (B, state...) as (P, 20), the mean over its positions."""

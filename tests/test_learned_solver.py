@@ -10,10 +10,12 @@ import infer
 import train
 from anderson import Counter, picard
 from checkpoint import UsageError
+from fpode import TimeMap
 from losses import LearnedSolverLoss
 from models.ignn import IGNN, Graph
-from models.learned_solver import LearnedSolver, learned
+from models.learned_solver import LearnedSolver, learned, start_share
 from models.transformer import DEQTransformer
+from student import Student
 
 from .conftest import TINY
 
@@ -78,16 +80,18 @@ def test_a_later_word_changes_nothing_before_it(net):
 @torch.no_grad()
 def test_an_f_sized_start_counts_as_an_evaluation(net):
     """NFE 1 is then the start alone, as on a small text network; an image's start is a fraction."""
-    assert LearnedSolver(net).start_share(problem("image", net)[1]) < 0.5
+    assert start_share(LearnedSolver(net).start, net, problem("image", net)[1]) < 0.5
     net, u = problem("text", net)
     solver = LearnedSolver(net, m=3)
-    assert solver.start_share(u) > 0.5
+    assert start_share(solver.start, net, u) > 0.5
     step = functools.partial(learned, solver=solver, sample_dims=2)
     method = compare.solved_by(net, step, solver.initial, counts=True)
     free = compare.solved_by(net, step, solver.initial)
     states = method.solve(net.initial(u), u, 3)
     assert method.counter.nfe == 3 and len(states) == 4 and not states[0].any()
     assert torch.equal(states[1], solver.initial(u))
+    with pytest.raises(UsageError, match=r"--start: it takes .*% of the FLOPs of f"):
+        train.check_start(Student(net, TimeMap(0.3, 8), start=True), net, torch.zeros(1, 7).long())
     assert torch.allclose(states[1:], free.solve(net.initial(u), u, 2))
     for nfe in (1, 2):
         assert torch.allclose(method.solve(net.initial(u), u, nfe, last=True), states[nfe])

@@ -166,8 +166,8 @@ def test_rollout_states_are_those_of_inference(net, student, batch, every):
 
 @pytest.fixture
 def richer(net):
-    """A student with a W of its own at t_0 and an injection of its own."""
-    return Student(net, TimeMap(rho=0.3, K=6), own_injection=True, first=True)
+    """A student with a W of its own at t_0, a start and an injection of its own."""
+    return Student(net, TimeMap(rho=0.3, K=6), own_injection=True, first=True, start=True)
 
 
 def test_a_fresh_student_is_the_same_with_every_option(net, student, richer):
@@ -175,6 +175,9 @@ def test_a_fresh_student_is_the_same_with_every_option(net, student, richer):
     u = student.inject(x)
     z = torch.randn_like(net.initial(u))
     assert torch.allclose(richer.h(z, t, richer.inject(x)), student.h(z, t, u), atol=1e-5)
+    z[t == student.times.eps] = 0  # a fresh start's guess
+    same = zip(richer.history(z, t, u), student.history(z, t, u), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in same)
 
 
 def test_w_0_stands_in_for_w_at_t_0_alone(richer, batch):
@@ -187,6 +190,21 @@ def test_w_0_stands_in_for_w_at_t_0_alone(richer, batch):
     for i in range(4):
         alone = richer.h(z[2, i : i + 1], t[i].item() if i % 2 else richer.times.eps, u[i : i + 1])
         assert torch.allclose(mixed[i], alone[0], atol=1e-5)
+
+
+def test_a_start_stands_in_for_z_0_alone(richer, batch):
+    """At t_0 nothing is seen of the state; elsewhere nothing of the start."""
+    u, z = batch
+    t = richer.times.t(torch.tensor([0, 3, 0, 5]))
+    fresh = richer.history(z[2], t, u)
+    for p in richer.start.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    h, r = richer.history(z[2], t, u)
+    assert torch.equal(h[1::2], fresh[0][1::2]) and torch.equal(r[1::2], fresh[1][1::2])
+    guess = richer.guess(u)
+    assert guess.abs().mean() > 0.01 and torch.allclose((h - r)[::2], guess[::2], atol=1e-5)
+    alone = richer.step(z[3], richer.times.eps, u)[0]
+    assert torch.allclose(alone[::2], h[::2], atol=1e-5)
 
 
 def test_w_0_starts_as_the_least_squares_map(net, richer, batch):
