@@ -106,7 +106,8 @@ class Trainer:
         """
         config, A = self.config, self.config.accumulate
         parts = {"model": online, "optimizer": optimizer, **({} if ema is None else {"ema": ema})}
-        start, peak = self.restore(stage, path, parts, extra), optimizer.defaults["lr"]
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        start = self.restore(stage, path, parts, extra)
         if self.world > 1:
             if self.device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -117,7 +118,7 @@ class Trainer:
         quiet = None if not self.rank else True  # None: a bar on a terminal only
         bar = tqdm(range(start, steps), stage, steps, initial=start, disable=quiet, unit="update")
         for step in bar:
-            for group in optimizer.param_groups:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * schedule(step, steps)
             optimizer.zero_grad(set_to_none=True)
             values: dict[str, float] = {}
@@ -441,7 +442,11 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
 
     steps = config.student_steps
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.student_lr, weight_decay=0.0)
+    start = list(student.start.parameters()) if config.start else []
+    groups = [p for name, p in student.named_parameters() if not name.startswith("start.")], start
+    rates = config.student_lr, config.start_lr
+    groups = [dict(params=part, lr=lr) for part, lr in zip(groups, rates, strict=True) if part]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     extra = dict(rho=rho, teacher=fingerprint(teacher))
 
     def average() -> None:
