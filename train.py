@@ -187,6 +187,7 @@ def train_explicit(run: Trainer) -> None:
         return
     if config.pretrained:
         run.keep("explicit", path, {"model": net}, {}, config.explicit_steps)
+        run.say(f"{path}: {config.explicit} with torchvision's weights, not trained here")
         return
 
     class Loss(nn.Module):
