@@ -418,36 +418,21 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         run.bind(path, runs.load_of(path, "student", teacher)["config"], STUDENT, BOTH)
         return
     begin, store = time.perf_counter(), make_store(run, teacher)
-    rows = store.batch(0)[2]
-    every = torch.arange(config.K + 1).expand(len(rows), -1)
-    rate = contraction(store.states(rows, every), teacher.sample_dims)
-    rho = config.rho or propose_rho(rate, config.K)
-    run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
-    run.log(contraction=rate, rho=rho)
-    settings = dataclasses.asdict(config)
-    student = runs.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
-    if config.start:
-        check_start(student, teacher, store.batch(0)[0][:1].to(run.device))
-    if config.first:
-        student.fit_first(first_pairs(run, store, student))
-    ema = runs.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
-    ema.load_state_dict(student.state_dict())
+    student, ema, rho = fresh_student(run, teacher, store)
     if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
         ema.cell.compile()
     module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
-
     draw = functools.partial(student_parts, run, store, student, teacher.memory)
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
         return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
 
-    steps = config.student_steps
     start = list(student.start.parameters()) if config.start else []
-    groups = [p for name, p in student.named_parameters() if not name.startswith("start.")], start
-    rates = config.student_lr, config.start_lr
-    groups = [dict(params=part, lr=lr) for part, lr in zip(groups, rates, strict=True) if part]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rest = [p for name, p in student.named_parameters() if not name.startswith("start.")]
+    groups = [dict(params=rest, lr=config.student_lr)]
+    groups += [dict(params=start, lr=config.start_lr)] if start else []
+    steps, optimizer = config.student_steps, torch.optim.AdamW(groups, weight_decay=0.0)
     extra = dict(rho=rho, teacher=fingerprint(teacher))
 
     def average() -> None:
@@ -459,6 +444,26 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
         run.say(f"the teacher's solves took {share:.0%} of the time")
         run.log(solve_share=share)
     barrier(run)
+
+
+def fresh_student(run: Trainer, teacher: Equilibrium, store) -> tuple[Student, Student, float]:
+    """The student, its running average and its clock's rate, before the first update."""
+    config, every = run.config, torch.arange(run.config.K + 1)
+    x, _, rows = store.batch(0)
+    states = store.states(rows, every.expand(len(rows), -1))
+    rate = contraction(states, teacher.sample_dims)
+    rho = config.rho or propose_rho(rate, config.K)
+    run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
+    run.log(contraction=rate, rho=rho)
+    settings = dataclasses.asdict(config)
+    student = runs.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
+    if config.start:
+        check_start(student, teacher, x[:1].to(run.device))
+    if config.first:
+        student.fit_first(first_pairs(run, store, student))
+    ema = runs.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
+    ema.load_state_dict(student.state_dict())
+    return student, ema, rho
 
 
 def check_start(student: Student, teacher: Equilibrium, x: Tensor) -> None:

@@ -15,6 +15,7 @@ from models.mdeq import MDEQ
 from student import Student
 
 ROOT = Path(__file__).parents[1]
+THREADS = min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))
 # A whole run in a second or two: every stage, every file, no quality.
 TINY = ["--teacher_steps=6", "--student_steps=6", "--batch=16", "--K=5", "--solver_steps=3"]
 TINY += ["--save_every=2", "--log_every=2", "--chunk=400", "--device=cpu"]
@@ -52,7 +53,7 @@ class TanhNet(Equilibrium):
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def batch(net):
 def tiny_run(tmp_path_factory):
     """A finished run folder of the TINY settings with both recipes' students."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     fit(folder, "--recipe", "paper")
     train.main([*TINY, "--out", str(folder)])
     return folder

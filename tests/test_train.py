@@ -335,3 +335,11 @@ def test_the_task_loss_weighs_one_on_average():
         weights = train.task_weights(config, k)
         assert weights.mean().item() == pytest.approx(1, abs=0.03)
         assert (weights[k > config.early * config.K] == 0).all()
+
+
+def test_a_start_trains_at_its_own_rate(tmp_path):
+    fit(tmp_path, "--start", "--start_lr=0.01", "--student_lr=0.001")
+    saved = load(tmp_path / "student.pt", "student")
+    slow, fast = (group["lr"] for group in saved["optimizer"]["param_groups"])
+    assert fast == pytest.approx(10 * slow)
+    assert saved["ema"]["start.out.0.weight"].any()
