@@ -1,0 +1,153 @@
+"""Every command of the README runs, with tiny settings and on small stand-ins for downloads."""
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compare
+import config
+import tables
+import tasks
+import train
+from models import mdeq, transformer
+from tasks import Split, graphs, text
+
+from . import test_graphs, test_images, test_text
+from .conftest import ROOT, TINY
+
+BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
+COMMANDS = [" ".join(line.partition("#")[0].split()) for line in LINES]
+COMMANDS = [line for line in COMMANDS if line.startswith(("python", "torchrun"))]
+# They take minutes whatever the settings; `make` itself is what runs these tests.
+LONG = ["python speed.py"]
+
+
+def tiny_flags(task: str) -> list[str]:
+    """A whole run of a task in seconds."""
+    if task in graphs.TASKS:
+        flags = [*test_graphs.TINY, "--explicit_steps=2"]
+    elif task in text.TASKS:
+        flags = test_text.TINY
+    elif task.startswith("imagenet"):
+        flags = [*test_images.TINY, "--explicit_steps=2", "--cache_gb=0.02", "--reuse=2"]
+    else:
+        flags = [*TINY, "--workers=0"]
+    return [*(flag for flag in flags if "--task" not in flag), "--solver_updates=2"]
+
+
+def small_world(folder: Path) -> None:
+    """The files that the commands name, and what they would download."""
+    generator = torch.Generator().manual_seed(0)
+    for place, classes in (("data/imagenette-64", 10), ("DIR", test_images.CLASSES)):
+        for part, label in itertools.product(("train", "val"), range(classes)):
+            where = folder / place / part / f"n{label:02}"
+            where.mkdir(parents=True)
+            for i in range(4 if part == "train" else 1):
+                pixels = torch.randint(256, (40, 40, 3), generator=generator).byte().numpy()
+                Image.fromarray(pixels).save(where / f"{i}.png")
+    Image.fromarray(pixels[:16, :16]).save(folder / "digit.png")
+    # As many words as the published transformer's stand-in has, <eos> among them.
+    words = [f"w{i}" for i in range(test_text.WORDS - 5)]
+    words = [*words, "<unk>", "The", "game", "was"]
+    for place in ("data/wikitext-2", "DIR", "FOLDER"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        test_text.make(folder / place, f"{' '.join(words)}\n" * 20, *[" ".join(words[:40])] * 2)
+    graph = {key: value.numpy() for key, value in test_graphs.good_graph().items()}
+    np.savez(folder / "mine.npz", **graph)
+    torch.save(test_images.reference_state(), folder / "MDEQ_Small_Cls.pkl")
+    torch.save(test_text.reference_state(), folder / "wt103_deqtrans.pkl")
+    shutil.copytree(ROOT / "results", folder / "results")
+    shutil.copy(ROOT / "README.md", folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory):
+    """A folder of these files to work in; small networks under the presets' names."""
+    folder = tmp_path_factory.mktemp("readme")
+    small_world(folder)
+
+    content, sizes = test_graphs.good_graph(), dict(width=16, hidden=16)
+    images, few = config.TASKS["digits"](None), slice(40)
+    images = dataclasses.replace(images, test=Split(images.test.x[few], images.test.y[few]))
+
+    def graph(name: str):
+        return lambda data: graphs.node_task(name, content, sizes, graphs.SMALL, paper=sizes)
+
+    def words(data, segment=64, memory=64):
+        return dataclasses.replace(text.folder(Path("FOLDER"), segment, memory), name="pydoc")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        for name in ("cora", "ogbn-arxiv", "ogbn-products"):
+            patch.setitem(config.TASKS, name, graph(name))
+        patch.setitem(config.TASKS, "pydoc", words)
+        for name in ("digits", "cifar10"):
+            patch.setitem(
+                config.TASKS, name, lambda data, n=name: dataclasses.replace(images, name=n)
+            )
+        for name in ("imagenet-small", "imagenette"):
+            patch.setitem(mdeq.PRESETS, name, test_images.SMALL)
+        vision = tasks.images.vision  # without torchvision's weights
+        plain = lambda settings, classes: vision(settings | {"pretrained": False}, classes)  # noqa: E731
+        patch.setattr(tasks.images, "vision", plain)
+        narrow = {key: value for key, value in test_text.SMALL.items() if key in ("d", "heads")}
+        narrow |= dict(inner=test_text.INNER, cutoffs=test_text.CUTS)
+        for name in ("transformer-103", "transformer-small"):
+            patch.setitem(transformer.PRESETS, name, narrow)
+        for name in ("GRID", "ABLATIONS"):  # two students of each
+            patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
+        rounds = compare.interleaved  # one is enough
+        patch.setattr(
+            compare, "interleaved", lambda jobs, n, *device, **_: rounds(jobs, 1, *device)
+        )
+        # In this process, where the stand-ins are.
+        patch.setattr(compare, "train", lambda *flags: train.main([*flags]))
+        patch.setattr(tables, "__file__", str(folder / "tables.py"))
+        yield folder
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 35 and set(LONG) < set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in LONG])
+def test_command(line, world, monkeypatch, capsys):
+    line = line.replace('"The game was"', "The").replace("torchrun --nproc_per_node=8", "python")
+    line = line.replace("torchrun --nproc_per_node=2", "python")
+    script, *flags = line.split()[1:]
+    if script == "-m":  # prints the published sizes
+        monkeypatch.setattr(sys, "argv", flags)
+        runpy.run_module(flags[0], run_name="__main__")
+        assert "parameters" in capsys.readouterr().out
+        return
+    asked = dict(itertools.pairwise([*flags, ""]))
+    main = importlib.import_module(script.removesuffix(".py")).main
+    if script == "tables.py":
+        before = Path("README.md").read_text()
+        main()
+        assert Path("README.md").read_text() == before
+        return
+    task = asked.get("--task") or Path(asked.get("--run", "runs/digits")).name
+    if script == "train.py":
+        main([*flags, *tiny_flags(task)])
+    elif script == "compare.py":
+        main([*flags, "--seeds", "0", "--results", "made", "--flags", *tiny_flags(task)])
+        assert (Path("made") / f"{task}.json").exists() or len(flags) > 2
+    else:
+        if not Path(asked["--run"], "student.pt").exists():
+            data = ["--data", "data"]
+            train.main(["--task", task, "--out", asked["--run"], *data, *tiny_flags(task)])
+            capsys.readouterr()
+        main(flags)
+    assert capsys.readouterr().out
