@@ -131,6 +131,8 @@ def test_command(line, world, monkeypatch, capsys):
         runpy.run_module(flags[0], run_name="__main__")
         assert "parameters" in capsys.readouterr().out
         return
+    if "--peers" in flags:
+        pytest.importorskip("torchdeq", reason="an optional extra")
     asked = dict(itertools.pairwise([*flags, ""]))
     main = importlib.import_module(script.removesuffix(".py")).main
     if script == "tables.py":
