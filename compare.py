@@ -4,6 +4,7 @@ r"""Side by side: every method at equal NFE, over seeds, with time and memory; a
     python compare.py --task pydoc --seeds 0 --tables 4    loss weights -> pydoc-grid.json
     python compare.py --task digits --figures 3            Anderson step -> digits-aa.json
     python compare.py --task digits --ablation             our recipe  -> digits-ablation.json
+    python compare.py --task digits --peers                torchdeq's  -> digits-peers.json
     torchrun --nproc_per_node=2 compare.py --task wikitext2 --seeds 0 --finished    by two processes
 
 Each run that is missing is trained first, by the train.py command that the JSON names. Beside every
@@ -15,7 +16,7 @@ import argparse
 import collections
 import copy
 import dataclasses
-import importlib
+import importlib.util
 import itertools
 import math
 import os
@@ -47,6 +48,8 @@ from tasks import Task, graphs, text
 
 # Each ingredient of the default recipe removed in turn.
 ABLATIONS = {
+    "no-start": ["--no-start"],
+    "no-first": ["--no-first"],
     "no-k0": ["--k0", "0"],
     "no-rollout": ["--rollout", "0"],
     "local-earlier": ["--local", "earlier"],
@@ -84,7 +87,7 @@ def students(task: str, part: str) -> dict[str, list[str]]:
     if part == "grid":
         return GRID
     beside = BESIDE | (BESIDE_TEXT if task in text.TASKS else {})
-    return {"": []} | {"": beside, "aa": AA, "ablation": ABLATIONS}[part]
+    return {"": []} | {"": beside, "peers": beside, "aa": AA, "ablation": ABLATIONS}[part]
 
 
 def methods(run: Run, peers: bool = False) -> dict[str, Method]:
@@ -159,10 +162,7 @@ PEERS = {
 def peer(kind: str, f: Map, z0: Tensor, K: int, *, last=False, sample_dims: int = 1) -> Tensor:
     """A solver of torchdeq under our signature: its iterate after each evaluation; before its first
     one, z_0. Broyden's are states, of which f is not yet taken."""
-    try:
-        module = importlib.import_module(f"torchdeq.solver.{PEERS[kind][0]}")
-    except ModuleNotFoundError as error:
-        raise UsageError('--peers: torchdeq is missing (pip install ".[peers]")') from error
+    module = importlib.import_module(f"torchdeq.solver.{PEERS[kind][0]}")
     solver, first = getattr(module, PEERS[kind][1]), PEERS[kind][2]
     flat = z0.flatten(0, sample_dims - 1)
     wanted = [*range(first, K + 1)]
@@ -492,7 +492,7 @@ def main(argv: list[str]) -> None:
     add("--figures", type=int, nargs="+", default=[], help="2: residual by NFE; 3: Anderson step")
     add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
     add("--finished", action="store_true", help="train nothing, report what is there")
-    add("--peers", action="store_true", help="torchdeq's solvers beside ours")
+    add("--peers", action="store_true", help="torchdeq's solvers beside all others")
     add("--results", type=Path, default=Path("results"), help="where to write")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
@@ -501,11 +501,11 @@ def main(argv: list[str]) -> None:
         if not args.finished:
             raise UsageError("under torchrun, compare.py trains nothing: add --finished")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    options = dict(extra=args.flags, finished=args.finished, peers=args.peers)
     for part in parts:
         result = table_over_seeds(
-            args.task, args.seeds, students(args.task, part), **options, whole=not part
-        )
+            args.task, args.seeds, students(args.task, part), args.flags, args.finished,
+            peers=part == "peers", whole=part in ("", "peers"),
+        )  # fmt: skip
         if result:  # the first process writes
             stem = args.results / (f"{args.task}-{part}" if part else args.task)
             print(write(result, stem))
@@ -525,7 +525,9 @@ def wanted_parts(args) -> list[str]:
                 allowed = " | ".join(map(str, known))
                 raise UsageError(f"{flag} {number}: of {args.task}, allowed is {allowed}")
     parts = [TABLES[n] for n in args.tables] + [FIGURES[n] for n in args.figures]
-    parts += ["ablation"] if args.ablation else []
+    if args.peers and importlib.util.find_spec("torchdeq") is None:
+        raise UsageError('--peers: torchdeq is missing (pip install ".[peers]")')
+    parts += [part for part in ("ablation", "peers") if getattr(args, part)]
     return list(dict.fromkeys(parts)) or [""]
 
 

@@ -112,13 +112,14 @@ def digits_step() -> list[dict]:
 
 
 def example(preset: str, batch: int) -> tuple[Equilibrium, Tensor, int]:
-    """An untrained network with an input, photographs of 224 x 224 or 150 words of WikiText-2's
+    """An untrained network with an input, images of its preset's size or 150 words of WikiText-2's
     vocabulary; and FLOPs of one f on that input."""
     from models import mdeq, transformer
 
     torch.manual_seed(0)
     if preset in mdeq.PRESETS:
-        net, x = mdeq.MDEQ(**mdeq.PRESETS[preset]), torch.randn(batch, 3, 224, 224)
+        sizes = mdeq.PRESETS[preset]
+        net, x = mdeq.MDEQ(**sizes), torch.randn(batch, *sizes["image"])
     else:
         words = 33_278
         net = transformer.DEQTransformer(words, **transformer.PRESETS[preset])

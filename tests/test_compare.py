@@ -1,6 +1,8 @@
 """The tables: what counts as equal, what is merged, what stays empty."""
 
+import contextlib
 import dataclasses
+import importlib.util
 from argparse import Namespace
 
 import pytest
@@ -103,17 +105,22 @@ def test_a_jump_then_the_solver(run):
     assert torch.allclose(states[1:], expected, atol=1e-6)
 
 
-def test_the_papers_tables_and_figures_are_parts_of_the_results():
-    """One table holds several of them; those of other data are refused."""
+def test_the_papers_tables_and_figures_are_parts_of_the_results(monkeypatch):
+    """One table holds several of them; those of other data are refused, and absent peers are."""
 
-    def parts(task, *numbers):
-        wanted = dict(zip(("tables", "figures"), numbers, strict=True))
-        return compare.wanted_parts(Namespace(task=task, **wanted, ablation=False))
+    def parts(task, tables, figures, peers=False):
+        wanted = dict(tables=tables, figures=figures, ablation=False, peers=peers)
+        return compare.wanted_parts(Namespace(task=task, **wanted))
 
     assert parts("pydoc", [1, 4, 5], [2, 3]) == ["", "grid", "aa"]
     assert parts("cora", [3], []) == parts("cora", [], []) == [""]
     for bad in (("digits", [1], []), ("cora", [2], []), ("pydoc", [], [1])):
         with pytest.raises(UsageError, match="allowed is"):
             parts(*bad)
+    for there in (None, "torchdeq"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there)
+        refused = contextlib.nullcontext() if there else pytest.raises(UsageError, match="missing")
+        with refused:
+            assert parts("digits", [2], [], True) == ["", "peers"]
     assert [*compare.students("digits", "aa")] == ["", "no-anderson", "paper", "paper-no-anderson"]
     assert {*compare.students("pydoc", "")} > {"", "paper"} and len(compare.GRID) == 12

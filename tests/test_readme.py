@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import itertools
+import json
 import re
 import runpy
 import shutil
@@ -17,6 +19,7 @@ from PIL import Image
 
 import compare
 import config
+import speed
 import tables
 import tasks
 import train
@@ -30,8 +33,13 @@ BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTAL
 LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
 COMMANDS = [" ".join(line.partition("#")[0].split()) for line in LINES]
 COMMANDS = [line for line in COMMANDS if line.startswith(("python", "torchrun"))]
-# They take minutes whatever the settings; `make` itself is what runs these tests.
-LONG = ["python speed.py"]
+# The files that lines of compare.py make, beside or instead of TASK.json.
+MADE = {
+    "--tables 1 4 5": ["", "-grid"],
+    "--figures 2 3": ["", "-aa"],
+    "--ablation": ["-ablation"],
+    "--peers": ["-peers"],
+}
 
 
 def tiny_flags(task: str) -> list[str]:
@@ -61,6 +69,7 @@ def small_world(folder: Path) -> None:
     # As many words as the published transformer's stand-in has, <eos> among them.
     words = [f"w{i}" for i in range(test_text.WORDS - 5)]
     words = [*words, "<unk>", "The", "game", "was"]
+    (folder / "data/ogbn_arxiv").mkdir()
     for place in ("data/wikitext-2", "DIR", "FOLDER"):
         (folder / place).mkdir(parents=True, exist_ok=True)
         test_text.make(folder / place, f"{' '.join(words)}\n" * 20, *[" ".join(words[:40])] * 2)
@@ -72,12 +81,32 @@ def small_world(folder: Path) -> None:
     shutil.copy(ROOT / "README.md", folder)
 
 
+def printed(code: str) -> str:
+    """What this code prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
     """A folder of these files to work in; small networks under the presets' names."""
     folder = tmp_path_factory.mktemp("readme")
     small_world(folder)
 
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        small_tasks(patch)
+        small_networks(patch)
+        short_measurements(patch)
+        # In this process, where the stand-ins are.
+        patch.setattr(compare, "train", lambda *flags: train.main([*flags]))
+        patch.setattr(speed, "fresh", printed)
+        patch.setattr(tables, "__file__", str(folder / "tables.py"))
+        yield folder
+
+
+def small_tasks(patch) -> None:
+    """Stand-ins under the tasks' names."""
     content, sizes = test_graphs.good_graph(), dict(width=16, hidden=16)
     images, few = config.TASKS["digits"](None), slice(40)
     images = dataclasses.replace(images, test=Split(images.test.x[few], images.test.y[few]))
@@ -88,40 +117,45 @@ def world(tmp_path_factory):
     def words(data, segment=64, memory=64):
         return dataclasses.replace(text.folder(Path("FOLDER"), segment, memory), name="pydoc")
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        for name in ("cora", "ogbn-arxiv", "ogbn-products"):
-            patch.setitem(config.TASKS, name, graph(name))
-        patch.setitem(config.TASKS, "pydoc", words)
-        for name in ("digits", "cifar10"):
-            patch.setitem(
-                config.TASKS, name, lambda data, n=name: dataclasses.replace(images, name=n)
-            )
-        for name in ("imagenet-small", "imagenette"):
-            patch.setitem(mdeq.PRESETS, name, test_images.SMALL)
-        vision = tasks.images.vision  # without torchvision's weights
-        plain = lambda settings, classes: vision(settings | {"pretrained": False}, classes)  # noqa: E731
-        patch.setattr(tasks.images, "vision", plain)
-        narrow = {key: value for key, value in test_text.SMALL.items() if key in ("d", "heads")}
-        narrow |= dict(inner=test_text.INNER, cutoffs=test_text.CUTS)
-        for name in ("transformer-103", "transformer-small"):
-            patch.setitem(transformer.PRESETS, name, narrow)
-        for name in ("GRID", "ABLATIONS"):  # two students of each
-            patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
-        rounds = compare.interleaved  # one is enough
-        patch.setattr(
-            compare, "interleaved", lambda jobs, n, *device, **_: rounds(jobs, 1, *device)
-        )
-        # In this process, where the stand-ins are.
-        patch.setattr(compare, "train", lambda *flags: train.main([*flags]))
-        patch.setattr(tables, "__file__", str(folder / "tables.py"))
-        yield folder
+    for name in ("cora", "ogbn-arxiv", "ogbn-products"):
+        patch.setitem(config.TASKS, name, graph(name))
+    patch.setitem(config.TASKS, "pydoc", words)
+    for name in ("digits", "cifar10"):
+        patch.setitem(config.TASKS, name, lambda data, n=name: dataclasses.replace(images, name=n))
+
+
+def small_networks(patch) -> None:
+    """Stand-ins under the presets' names, none with torchvision's weights."""
+    for name in ("imagenet-small", "imagenette"):
+        patch.setitem(mdeq.PRESETS, name, test_images.SMALL)
+    vision = tasks.images.vision
+    plain = lambda settings, classes: vision(settings | {"pretrained": False}, classes)  # noqa: E731
+    patch.setattr(tasks.images, "vision", plain)
+    narrow = {key: value for key, value in test_text.SMALL.items() if key in ("d", "heads")}
+    narrow |= dict(inner=test_text.INNER, cutoffs=test_text.CUTS)
+    for name in ("transformer-103", "transformer-small"):
+        patch.setitem(transformer.PRESETS, name, narrow)
+
+
+def short_measurements(patch) -> None:
+    """Two students of each kind, one round of times, small inputs."""
+    for name in ("GRID", "ABLATIONS"):
+        patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
+    rounds, overhead, scaling = compare.interleaved, speed.solver_overhead, speed.graph_scaling
+    for module in (compare, speed):
+        once = lambda jobs, n, *device, **_: rounds(jobs, 1, *device)  # noqa: E731
+        patch.setattr(module, "interleaved", once)
+    example = speed.example
+    patch.setattr(speed, "example", lambda preset, batch: example(preset, 1))
+    patch.setattr(speed, "solver_overhead", lambda shape: overhead((4, 1000), repeats=1))
+    patch.setattr(speed, "graph_scaling", lambda: scaling([1000, 2000], 8))
 
 
 def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 35 and set(LONG) < set(COMMANDS)
+    assert len(COMMANDS) >= 35
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in LONG])
+@pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, world, tmp_path, monkeypatch, capsys):
     line = line.replace('"The game was"', "The").replace("torchrun --nproc_per_node=8", "python")
     script, *flags = line.split()[1:]
@@ -145,10 +179,11 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
     elif script == "compare.py":
         made = ["--seeds", "0", "--results", str(tmp_path)]
         main([*flags, *made, "--flags", *tiny_flags(task)])
-        parts = {"4": "-grid", "3": "-aa"} if "--tables" in flags or "--figures" in flags else {}
-        wanted = [suffix for number, suffix in parts.items() if number in flags]
-        wanted = ["-ablation"] if "--ablation" in flags else wanted or [""]
+        wanted = next((parts for asked, parts in MADE.items() if asked in line), [""])
         assert all((tmp_path / f"{task}{part}.json").exists() for part in wanted)
+    elif script == "speed.py":
+        main(flags)
+        assert speed.PARTS.keys() < json.loads(Path("results/speed.json").read_text()).keys()
     else:
         if not Path(asked["--run"], "student.pt").exists():
             data = ["--data", "data"]
