@@ -49,7 +49,6 @@ from tasks import Task, graphs, text
 # Each ingredient of the default recipe removed in turn.
 ABLATIONS = {
     "no-start": ["--no-start"],
-    "no-first": ["--no-first"],
     "no-k0": ["--k0", "0"],
     "no-rollout": ["--rollout", "0"],
     "local-earlier": ["--local", "earlier"],

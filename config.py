@@ -106,7 +106,7 @@ class Config:
     own_injection: bool = opt(False, "the student trains its own injection", "", STUDENT)
     first: bool = opt(False, "a W of its own at t_0, fitted by least squares", "", STUDENT)
     start: bool = opt(False, "a learned guess in place of z_0", "", STUDENT)
-    start_lr: float = opt(3e-3, "peak learning rate of that guess", "> 0", STUDENT)
+    start_lr: float = opt(8e-3, "peak learning rate of that guess", "> 0", STUDENT)
     aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
     alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
     k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)

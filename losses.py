@@ -5,7 +5,7 @@ Paper: Sec. 3.4, App. B.4.
     L_global = E d(g(z_k, t_k, x), z_K)                                                        (9)
     L_local  = E d(g(z_k, t_k, x), stopgrad g_ema(z_j, t_j, x))                               (10)
     L_task   = E CE(head(h(z_k, t_k, x)), y), k among the first steps                         (14)
-    L        = lam1 L_global + (1 - lam1) L_local + lam2 L_task [+ L_rollout]                 (11)
+    L        = lam1 L_global + (1 - lam1) L_local + lam2 L_task [+ L_rollout + L_start]       (11)
 
 d is the squared error relative to the reference's own mean square, per sample and branch: scales
 differ between branches, and one of them would otherwise be most of the loss.
@@ -13,7 +13,8 @@ differ between branches, and one of them would otherwise be most of the loss.
 Departs from the paper, each by its own flag: j = k + 1, the *better* prediction, where (10) has
 j = k - 1, as consistency models pull the farther point toward the nearer one. L_rollout is (9) on
 states that the student itself reached, which is where multi-step inference asks it, and (14) there
-too where every such state is trained.
+too where every such state is trained. L_start is d(start(u), z_K), HyperDEQ's: f contracts, so that
+little of (9) comes back through it to a student's start.
 """
 
 import torch
@@ -47,7 +48,7 @@ def total(
     """The weighted sum of whichever of the terms are there."""
     weights = {"global": lam1, "local": 1 - lam1, "task": lam2}  # Eq. 11
     weights = {name: trajectory * weight for name, weight in weights.items()}
-    weights |= {"rollout": rollout, "rollout_task": lam2 * rollout}
+    weights |= {"rollout": rollout, "rollout_task": lam2 * rollout, "start": 1.0}
     return sum(weights[name] * term for name, term in terms.items())
 
 
@@ -93,6 +94,9 @@ class Distillation(nn.Module):
             terms |= self.on_trajectory(y, u, u_ema, k, j, states, early)
         if rollout is not None:
             terms |= self.own_states(u, y, rollout, states[-1], self.every and early is not None)
+        if self.student.start is not None:
+            guess = self.student.guess(u)
+            terms["start"] = distance(guess, states[-1], self.student.cell, self.kind).mean()
         return terms
 
     @torch.no_grad()

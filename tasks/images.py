@@ -25,7 +25,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 FASHION = dict(mean=(0.2860,), std=(0.3530,))
 # Of photographs: at ten times the rate the student unlearns what it starts with, one solver step.
-STUDENT = dict(student_lr=2e-4, lam2=0.01, first=True)
+PHOTOGRAPHS = dict(student_lr=2e-4, lam2=0.01)
 REFERENCES = ("alexnet", "googlenet", "resnet34")  # the nearest to HRNet-W18's 21 M parameters
 
 
@@ -39,6 +39,7 @@ def image_task(name: str, train, valid, test, classes: tuple[str, ...], **more) 
     family = more.pop("family", name)
     presets = tuple(p for p in PRESETS if p == family or p.startswith(f"{family}-"))
     size, read = more.pop("size", None), more.pop("read")
+    defaults = dict(start=True) | more.pop("defaults", {})
 
     def network(settings: dict) -> MDEQ:
         chosen = dict(PRESETS[settings["preset"]])
@@ -63,6 +64,7 @@ def image_task(name: str, train, valid, test, classes: tuple[str, ...], **more) 
         score=accuracy,
         read=read,
         classes=classes,
+        defaults=defaults,
         **more,
     )
 
@@ -146,7 +148,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
         batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
         teacher_steps=250_000, pretrain=125_000, pretrain_layers=5, solver_steps=18, phantom=3,
         jac_prob=0.08, K=26, student_steps=100_000, cache_dtype="bf16",
-        chunk=64, save_every=1000, log_every=100, explicit_steps=250_000, **STUDENT,
+        chunk=64, save_every=1000, log_every=100, explicit_steps=250_000, **PHOTOGRAPHS,
     )  # fmt: skip
     return photographs("imagenet", data, image_size, unreadable, defaults)
 
@@ -155,9 +157,9 @@ def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> 
     """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
     defaults = dict(
         batch=64, teacher_steps=6000, teacher_lr=2e-3, pretrain=2400, pretrain_layers=3,
-        solver_steps=6, store="rolling", student_steps=1500, start=True,
+        solver_steps=6, store="rolling", student_steps=1500,
         explicit_steps=6000, explicit_lr=1e-3, explicit_decay=0.05, save_every=100, log_every=50,
-        **STUDENT,
+        **PHOTOGRAPHS,
     )  # fmt: skip
     return photographs(
         "imagenette", data, image_size, unreadable, defaults, folder="imagenette-64",
