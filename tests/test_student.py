@@ -207,6 +207,17 @@ def test_a_start_stands_in_for_z_0_alone(richer, batch):
     assert torch.allclose(alone[::2], h[::2], atol=1e-5)
 
 
+def test_a_start_has_a_loss_of_its_own(net, richer, batch):
+    """d(start(u), z_K): 1 for a fresh one, which is 0, and a gradient that f has no part in."""
+    _, z = batch
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
+    terms = Distillation(net, richer, richer)(x, y, None, None, (z[6],), None, None)
+    assert [*terms] == ["start"] and terms["start"].item() == pytest.approx(1)
+    total(terms, lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0).backward()
+    assert all(out.bias.grad.abs().sum() > 0 for out in richer.start.out)
+    assert all(p.grad is None for p in richer.cell.parameters())
+
+
 def test_w_0_starts_as_the_least_squares_map(net, richer, batch):
     """Where z_K is an affine map of f(z_0)'s channels, that map is found from batches."""
     u, z = batch
