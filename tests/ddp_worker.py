@@ -61,7 +61,7 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     net = MDEQ((1, 8, 8), 10, channels=(8, 8), head=(4, 4), final=16)
-    student = Student(net, TimeMap(rho=0.3, K=6))
+    student = Student(net, TimeMap(rho=0.3, K=6), start=True)
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
     z = torch.randn(7, 8, sum(net.cell.sizes))
     k = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0])
