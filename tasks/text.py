@@ -207,7 +207,9 @@ def folder(data: Path, segment: int = 64, memory: int = 64) -> Task:
 
 def pydoc(data: Path, segment: int = 32, memory: int = 32) -> Task:
     """The embedded text; `data` is not used."""
-    defaults = LITTLE | dict(teacher_steps=800, pretrain=400, student_steps=400, explicit_steps=800)
+    defaults = LITTLE | dict(
+        teacher_steps=800, pretrain=400, student_steps=800, first=True, explicit_steps=800
+    )
     known, ids = read_pydoc()
     names = ("transformer-tiny",)
     return text_task("pydoc", known, ids, segment, memory, presets=names, defaults=defaults)
