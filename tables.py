@@ -13,6 +13,7 @@ from pathlib import Path
 from checkpoint import UsageError, atomic, plain_errors
 
 LAM1, LAM2 = ("0", "0.2", "0.4", "0.6", "0.8", "1"), ("0", "0.05")
+HUGE = 1e9  # the relative residual of a state that is 0
 TITLES = {
     "value": "{metric}, {split} split",
     "distance": "distance to the equilibrium, |z - z*| / |z*|",
@@ -132,6 +133,8 @@ def number(row: dict, key: str) -> str:
         return ""
     if key == "value":
         return f"{row['value']:.2f}{spread(row)}"
+    if key == "residual" and row[key] > HUGE:
+        return "∞"
     if key == "valid":
         return f"{row['valid']:.2f}"
     return f"{row[key]:,.0f}" if key in ("params", "peak_memory_bytes") else f"{row[key]:.4f}"
@@ -155,7 +158,8 @@ def figure(result: dict, path: Path) -> None:
         rows = [row for row in implicit if row["method"] == method]
         style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
         for axis, key in ((left, "value"), (right, "residual")):
-            axis.plot([r["nfe"] for r in rows], [r[key] for r in rows], label=method, **style)
+            shown = [r for r in rows if r[key] < HUGE]
+            axis.plot([r["nfe"] for r in shown], [r[key] for r in shown], label=method, **style)
         pareto.plot([r["seconds_per_batch"] for r in rows], [r["value"] for r in rows], **style)
     converged = result["teacher"]["value"]
     left.axhline(converged, color="gray", linewidth=1, label="teacher, converged")

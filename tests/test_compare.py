@@ -74,6 +74,11 @@ def test_costs_are_seconds_and_bytes(run):
     assert all(seconds > 0 and (peak is None or peak > 2**20) for seconds, peak in spent.values())
 
 
+def test_the_relative_residual_of_zero_is_no_number():
+    assert tables.number({"residual": 2.6e13}, "residual") == "∞"
+    assert tables.number({"residual": 0.5}, "residual") == "0.5000"
+
+
 @torch.no_grad()
 def test_torchdeqs_solvers_are_counted_like_ours(run):
     """K evaluations each; before a solver's first iterate z_0 stands; fixed-point is Picard."""
