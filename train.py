@@ -456,6 +456,7 @@ def fresh_student(run: Trainer, teacher: Equilibrium, store) -> tuple[Student, S
     run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     run.log(contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
+    torch.manual_seed(config.seed)  # of the start's weights, whatever was drawn before
     student = runs.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
     if config.start:
         check_start(student, teacher, x[:1].to(run.device))

@@ -49,6 +49,11 @@ def test_a_second_start_trains_nothing_and_changes_nothing(tiny_run):
     assert (tiny_run / "log.jsonl").read_text().count('"step"') == lines
 
 
+def test_stages_in_one_process_are_those_one_by_one(tiny_run, tmp_path):
+    train.main([*TINY, "--out", str(tmp_path)])
+    assert same(weights(tmp_path), weights(tiny_run))
+
+
 def test_a_stopped_run_continues_bitwise(tiny_run, tmp_path, monkeypatch):
     """3 + 3 steps equal 6, for the teacher and the student with its EMA and optimizer."""
     step = torch.optim.AdamW.step
