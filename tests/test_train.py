@@ -126,9 +126,8 @@ def test_two_processes_equal_one(tiny_run, tmp_path):
     assert max(gaps) < 2e-6
     run = infer.open_run(tiny_run, device="cpu")
     odd = infer.Split(run.task.test.x[:101], run.task.test.y[:101])
-    row = infer.evaluate(run, compare.methods(run), odd, (2,))["cdeq"][0]
-    assert value == pytest.approx(row["value"])
-    assert distance == pytest.approx(row["distance"], rel=1e-4)  # batches of other sizes round
+    row = infer.evaluate(run, compare.methods(run), odd, (2,), batch=1)["cdeq"][0]
+    assert value == pytest.approx(row["value"]) and distance == pytest.approx(row["distance"])
 
     flags = [*TINY, "--stage=teacher", f"--out={tmp_path}"]
     step, calls = torch.optim.AdamW.step, []
