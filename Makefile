@@ -18,7 +18,7 @@ demo: .venv/.ready
 tables: .venv/.ready
 	$(BIN)/python compare.py --task digits --seeds 0 --results runs/tables
 	$(BIN)/python compare.py --task digits-graph --seeds 0 --results runs/tables
-	$(BIN)/python compare.py --task pydoc --seeds 0 --results runs/tables
+	$(BIN)/python compare.py --task docstrings --seeds 0 --results runs/tables
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

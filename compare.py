@@ -1,7 +1,7 @@
 r"""Side by side: every method at equal NFE, over seeds, with time and memory; ablations.
 
     python compare.py --task digits --seeds 0 1 2          its table   -> results/digits.json
-    python compare.py --task pydoc --seeds 0 --tables 4    loss weights -> pydoc-grid.json
+    python compare.py --task docstrings --seeds 0 --tables 4    loss weights -> docstrings-grid.json
     python compare.py --task digits --figures 3            Anderson step -> digits-aa.json
     python compare.py --task digits --ablation             our recipe  -> digits-ablation.json
     python compare.py --task digits --peers                torchdeq's  -> digits-peers.json

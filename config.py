@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEACHER, STUDENT, EXPLICIT, LEARNED = "teacher", "student", "explicit", "learned solver"
 BOTH, RUN = "both", "run"
 LEARNED_SOLVERS = ("hyperdeq", "ignn-solver")
-STAGES = ("all", "teacher", "student", "evaluate", "explicit", *LEARNED_SOLVERS)
+STAGES = ("all", "teacher", "student", "evaluate", "direct", "explicit", *LEARNED_SOLVERS)
 
 
 def opt(default, help: str, allowed: str = "", group: str = RUN):
@@ -76,8 +76,8 @@ class Config:
     teacher_lr: float = opt(3e-3, "peak learning rate, cosine to 0", "> 0", TEACHER)
     teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
     augment: bool = opt(True, "random views of the inputs", "", BOTH)
-    pretrain: int = opt(0, "first updates on a few layers of f, without a solver", ">= 0", TEACHER)
-    pretrain_layers: int = opt(4, "that many", ">= 1", TEACHER)
+    unrolled: float = opt(0.5, "first share of updates, without a solver", ">= 0 and < 1", TEACHER)
+    layers: int = opt(4, "of f then: 1, 2, 4 .. this many, in equal shares", ">= 1", TEACHER)
     solver_steps: int = opt(12, "evaluations of the training solve", ">= 1", TEACHER)
     phantom: int = opt(1, "differentiable steps after it", ">= 1 and <= 5", TEACHER)
     tau: float = opt(1.0, "their damping", "> 0 and <= 1", TEACHER)
@@ -136,6 +136,7 @@ class Config:
     reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
     # This start of the command
     stage: str = opt("all", "what to do", " | ".join(STAGES))
+    direct: int = opt(1, "evaluations of the network of --stage direct", ">= 1")
     explicit: str = opt("", "network of --stage explicit; empty: the task's first")
     teacher: str = opt("", "a teacher's file to take over: ours, or locuslab/deq's")
     data: str = opt("data", "folder of the data sets, or a user's own file")
@@ -212,10 +213,6 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     chosen |= task.defaults | RECIPES[recipe]
     config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
     check(config)
-    if config.teacher_steps <= config.pretrain:
-        raise UsageError(
-            f"--pretrain {config.pretrain}: must be below --teacher_steps {config.teacher_steps}"
-        )
     for key in ("width", "hidden", "kappa", "dropout", "per_token", "own_memory"):
         if key in given and key not in task.options:
             raise UsageError(f"--{key}: the networks of {name} have no such setting")

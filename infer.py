@@ -3,7 +3,7 @@ r"""C-DEQ inference: Alg. 1, the schedule's choice, evaluation by NFE, answers t
     python infer.py --run runs/digits                         metric by NFE on the test split
     python infer.py --run runs/digits --tol 0.05 --max-nfe 16  anytime: each sample stops by itself
     python infer.py --run runs/digits --nfe 2 --files a.png    answers
-    python infer.py --run runs/pydoc --nfe 2 --prompt "The"    a text goes on
+    python infer.py --run runs/docstrings --nfe 2 --prompt "The"    a text goes on
 
 Alg. 1 (J steps, J evaluations of h):
 

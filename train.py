@@ -165,7 +165,8 @@ class Trainer:
         if not path.exists():
             return 0
         saved = load(path, stage)
-        self.bind(path, saved["config"], LEARNED if stage in LEARNED_SOLVERS else stage, BOTH)
+        group = {"direct": TEACHER} | dict.fromkeys(LEARNED_SOLVERS, LEARNED)
+        self.bind(path, saved["config"], group.get(stage, stage), BOTH)
         for key, value in extra.items():  # what the student depends on: its clock, its teacher
             if saved[key] != value:
                 raise UsageError(f"{path} has {key} {saved[key]}, not {value}; delete it")
@@ -237,23 +238,7 @@ def train_teacher(run: Trainer) -> Equilibrium:
     if config.teacher:
         adopt(run, net, path)
     if not finished(path, "teacher", config.teacher_steps):
-        if config.compile:
-            net.cell.compile()
-        solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
-        module = TeacherLoss(net, config.solver_steps, config.phantom, config.tau, **solver)
-        state = state_shape(run, net)
-        numbers = run.part // run.world * state.numel()
-        run.say(
-            f"Anderson acceleration: {2 * config.m + 2} states (2 m + 2) x {numbers:,} numbers x "
-            f"4 bytes = {(2 * config.m + 2) * numbers * 4e-9:.3g} GB per process"
-        )
-
-        def weigh(terms: dict[str, Tensor]) -> Tensor:
-            return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
-
-        draw = functools.partial(teacher_parts, run, state)
-        optimizer, steps = teacher_optimizer(config, net), config.teacher_steps
-        run.fit("teacher", path, module, net.train(), weigh, draw, steps, optimizer, net.project)
+        fit_network(run, "teacher", path, net, config.teacher_steps)
         barrier(run)
     saved = load(path, "teacher")
     run.bind(path, saved["config"], TEACHER, BOTH)
@@ -264,13 +249,66 @@ def train_teacher(run: Trainer) -> Equilibrium:
     return net.to(run.device).eval().requires_grad_(False)
 
 
-def teacher_parts(run: Trainer, state: torch.Size, parts: range) -> Iterator[tuple]:
+def train_direct(run: Trainer) -> None:
+    """The rival: the teacher's network cut off after --direct evaluations from z_0 and trained end
+    to end on the labels, for as many updates as teacher and student have together."""
+    config, path = run.config, run.folder / f"direct-{run.config.direct}.pt"
+    updates = config.teacher_steps + config.student_steps
+    if path.exists():
+        saved = load(path, "direct")
+        run.bind(path, saved["config"], TEACHER, BOTH)
+        if saved["updates"] != updates:
+            raise UsageError(
+                f"{path} is trained for {saved['updates']} updates, not {updates} (--teacher_steps "
+                "and --student_steps together); delete it"
+            )
+        if saved["step"] == updates:
+            return
+    torch.manual_seed(config.seed)
+    net = run.task.network(dataclasses.asdict(config)).to(run.device)
+    fit_network(run, "direct", path, net, updates, updates=updates)
+    barrier(run)
+
+
+def fit_network(run: Trainer, stage: str, path: Path, net: Equilibrium, steps: int, **extra):
+    """Trains a teacher, or a network that is cut off: they differ in their layers alone."""
+    config, state = run.config, state_shape(run, net)
+    if config.compile:
+        net.cell.compile()
+    solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
+    module = TeacherLoss(net, config.solver_steps, config.phantom, config.tau, **solver)
+    if stage == "teacher":
+        numbers = run.part // run.world * state.numel()
+        run.say(
+            f"Anderson acceleration: {2 * config.m + 2} states (2 m + 2) x {numbers:,} numbers x "
+            f"4 bytes = {(2 * config.m + 2) * numbers * 4e-9:.3g} GB per process"
+        )
+
+    def weigh(terms: dict[str, Tensor]) -> Tensor:
+        return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
+
+    draw = functools.partial(teacher_parts, run, stage, state)
+    optimizer = teacher_optimizer(config, net)
+    run.fit(stage, path, module, net.train(), weigh, draw, steps, optimizer, net.project, **extra)
+
+
+def unrolled_layers(config: Config, step: int) -> int:
+    """Layers of f that the teacher's update `step` unrolls, 0 where it solves: 1, 2, 4 and so on
+    up to --layers, each for an equal share of the first --unrolled updates. One layer learns
+    fastest what all depths share, the embedding and the head."""
+    first, doublings = config.unrolled * config.teacher_steps, math.ceil(math.log2(config.layers))
+    if step >= first:
+        return 0
+    return min(config.layers, 2 ** int(step / first * (doublings + 1)))
+
+
+def teacher_parts(run: Trainer, stage: str, state: torch.Size, parts: range) -> Iterator[tuple]:
     """The arguments of TeacherLoss for each of these parts; state: the shape of a sample's."""
     config = run.config
-    early = config.pretrain * config.accumulate
     for part, (x, y) in zip(parts, views(run, parts), strict=True):
-        generator, probe = run.generator(0, part), None
-        layers = config.pretrain_layers if part < early else 0
+        generator, probe, layers = run.generator(0, part), None, config.direct
+        if stage == "teacher":
+            layers = unrolled_layers(config, part // config.accumulate)
         chance = torch.rand((), generator=generator) if config.jac_weight > 0 else 1.0
         if chance < config.jac_prob and not layers:
             probe = torch.randn(run.part, *state, generator=generator)[run.mine].to(run.device)
@@ -577,6 +615,8 @@ def main(argv: list[str]) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
     if config.stage == "explicit":
         train_explicit(run)
+    elif config.stage == "direct":
+        train_direct(run)
     else:
         train_and_evaluate(run)
     if run.world > 1:

@@ -146,7 +146,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
     """The schedule of the reference, half of it unrolled, at eight GPUs' batch."""
     defaults = dict(
         batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
-        teacher_steps=250_000, pretrain=125_000, pretrain_layers=5, solver_steps=18, phantom=3,
+        teacher_steps=250_000, layers=5, solver_steps=18, phantom=3,
         jac_prob=0.08, K=26, student_steps=100_000, cache_dtype="bf16",
         chunk=64, save_every=1000, log_every=100, explicit_steps=250_000, **PHOTOGRAPHS,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
 def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> Task:
     """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
     defaults = dict(
-        batch=64, teacher_steps=6000, teacher_lr=2e-3, pretrain=2400, pretrain_layers=3,
+        batch=64, teacher_steps=6000, teacher_lr=2e-3, layers=4,
         solver_steps=6, store="rolling", student_steps=1500,
         explicit_steps=6000, explicit_lr=1e-3, explicit_decay=0.05, save_every=100, log_every=50,
         **PHOTOGRAPHS,
@@ -197,15 +197,15 @@ def downloaded(name: str, cls: str, data: Path, statistics: dict, side: int, **m
 
 def cifar10(data: Path) -> Task:
     defaults = dict(
-        batch=96, teacher_steps=100_000, teacher_lr=1e-3, teacher_decay=0.0, pretrain=20_000,
-        pretrain_layers=10, solver_steps=8, jac_weight=0.4, jac_prob=0.05, student_steps=20_000,
+        batch=96, teacher_steps=100_000, teacher_lr=1e-3, teacher_decay=0.0, unrolled=0.2, layers=10,
+        solver_steps=8, jac_weight=0.4, jac_prob=0.05, student_steps=20_000,
         student_lr=1e-3, save_every=500, log_every=100,
     )  # fmt: skip
     return downloaded("cifar10", "CIFAR10", data, CIFAR, 32, family="cifar", defaults=defaults)
 
 
 def fashion(data: Path) -> Task:
-    defaults = dict(batch=96, teacher_steps=5_000, student_steps=2_000, pretrain=1_000)
+    defaults = dict(batch=96, teacher_steps=5_000, student_steps=2_000)
     return downloaded("fashion-mnist", "FashionMNIST", data, FASHION, 32, defaults=defaults)
 
 

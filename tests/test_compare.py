@@ -117,9 +117,9 @@ def test_the_papers_tables_and_figures_are_parts_of_the_results(monkeypatch):
         wanted = dict(tables=tables, figures=figures, ablation=False, peers=peers)
         return compare.wanted_parts(Namespace(task=task, **wanted))
 
-    assert parts("pydoc", [1, 4, 5], [2, 3]) == ["", "grid", "aa"]
+    assert parts("docstrings", [1, 4, 5], [2, 3]) == ["", "grid", "aa"]
     assert parts("cora", [3], []) == parts("cora", [], []) == [""]
-    for bad in (("digits", [1], []), ("cora", [2], []), ("pydoc", [], [1])):
+    for bad in (("digits", [1], []), ("cora", [2], []), ("docstrings", [], [1])):
         with pytest.raises(UsageError, match="allowed is"):
             parts(*bad)
     for there in (None, "torchdeq"):
@@ -128,4 +128,4 @@ def test_the_papers_tables_and_figures_are_parts_of_the_results(monkeypatch):
         with refused:
             assert parts("digits", [2], [], True) == ["", "peers"]
     assert [*compare.students("digits", "aa")] == ["", "no-anderson", "paper", "paper-no-anderson"]
-    assert {*compare.students("pydoc", "")} > {"", "paper"} and len(compare.GRID) == 12
+    assert {*compare.students("docstrings", "")} > {"", "paper"} and len(compare.GRID) == 12

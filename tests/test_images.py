@@ -245,7 +245,7 @@ def tree(tmp_path_factory):
     return root
 
 
-TINY = ["--teacher_steps=3", "--pretrain=1", "--student_steps=2", "--batch=4", "--K=4"]
+TINY = ["--teacher_steps=3", "--unrolled=0.3", "--student_steps=2", "--batch=4", "--K=4"]
 TINY += ["--solver_steps=2", "--image_size=32", "--workers=0", "--device=cpu", "--chunk=4"]
 
 

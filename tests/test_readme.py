@@ -115,11 +115,11 @@ def small_tasks(patch) -> None:
         return lambda data: graphs.node_task(name, content, sizes, graphs.SMALL, paper=sizes)
 
     def words(data, segment=64, memory=64):
-        return dataclasses.replace(text.folder(Path("FOLDER"), segment, memory), name="pydoc")
+        return dataclasses.replace(text.folder(Path("FOLDER"), segment, memory), name="docstrings")
 
     for name in ("cora", "ogbn-arxiv", "ogbn-products"):
         patch.setitem(config.TASKS, name, graph(name))
-    patch.setitem(config.TASKS, "pydoc", words)
+    patch.setitem(config.TASKS, "docstrings", words)
     for name in ("digits", "cifar10"):
         patch.setitem(config.TASKS, name, lambda data, n=name: dataclasses.replace(images, name=n))
 

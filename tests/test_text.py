@@ -25,7 +25,7 @@ from .conftest import command
 # A network of the reference's kind: width, heads, inner width, words, cutoffs.
 D, HEADS, INNER, WORDS, CUTS = 32, 4, 48, 60, (20, 30, 45)
 SMALL = dict(words=WORDS, d=D, heads=HEADS, inner=INNER, cutoffs=CUTS, segment=5, memory=5)
-TINY = ["--task=pydoc", "--teacher_steps=6", "--pretrain=3", "--student_steps=6", "--batch=8"]
+TINY = ["--task=docstrings", "--teacher_steps=6", "--unrolled=0.5", "--student_steps=6", "--batch=8"]
 TINY += ["--K=4", "--solver_steps=3", "--segment=16", "--memory=16", "--explicit_steps=4"]
 TINY += ["--cache_gb=0.02", "--device=cpu"]
 
@@ -47,7 +47,7 @@ def words(rows: int, length: int, seed=0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "pydoc"
+    folder = tmp_path_factory.mktemp("runs") / "docstrings"
     for stage in ("teacher", "student", "explicit"):
         train.main([*TINY, "--out", str(folder), "--stage", stage])
     return folder
@@ -384,8 +384,8 @@ def test_bad_text_is_one_clear_line(tmp_path, contents, says):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--files", "a.png"], "pydoc is a text; its inputs are a --prompt"),
-        (["--tol", "0.1"], "pydoc is a text; its inputs are a --prompt"),
+        (["--files", "a.png"], "docstrings is a text; its inputs are a --prompt"),
+        (["--tol", "0.1"], "docstrings is a text; its inputs are a --prompt"),
         (["--prompt", "The", "--tokens", "0"], "--tokens must be >= 1"),
         (["--prompt", "The", "--temperature", "0"], "--temperature > 0"),
     ],
