@@ -37,8 +37,9 @@ import infer
 import runs
 from anderson import Counter, Map, anderson, picard
 from checkpoint import UsageError, plain_errors, provenance, versions
-from config import TASKS, command_line, open_task
+from config import TASKS, command_line, open_task, parse
 from infer import Method
+from intervals import difference
 from models import Equilibrium
 from models.learned_solver import learned, start_share
 from runs import Run
@@ -70,6 +71,8 @@ AA = {
 GRID = {
     f"lam1-{lam1}-lam2-{lam2}": ["--lam1", lam1, "--lam2", lam2] for lam1 in LAM1 for lam2 in LAM2
 }
+# The teacher that has its student's updates, too.
+LONGER = "teacher-longer"
 # Students beside the default one in a task's own table.
 BESIDE = {"paper": ["--recipe", "paper"]}
 BESIDE_TEXT = {
@@ -97,7 +100,7 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
     solvers of the same teacher.
     """
     net, dims, window = run.teacher, {"sample_dims": run.teacher.sample_dims}, run.solver()
-    solvers = {"picard": partial(picard, **dims), "anderson": partial(anderson, **dims, **window)}
+    solvers = {"picard": picard_of(net), "anderson": partial(anderson, **dims, **window)}
     if net.sample_dims > 1:
         solvers["anderson-shared"] = partial(anderson, **window)
     if peers:
@@ -179,37 +182,49 @@ def label(student: str) -> str:
 @torch.no_grad()
 def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
     """Median seconds of one batch from the injected input to the logits, and the process's peak
-    memory in bytes from the input to the logits: pairs by (method, NFE) for those wanted and the
-    explicit networks, whose NFE is None, as is that of "injection", the step before. Of a text, a
-    batch is a segment after another one, and the likelihoods of its words stand for logits."""
+    memory in bytes from the input to the logits: pairs by (method, NFE) for those wanted, the
+    direct networks and the explicit ones, whose NFE is None, as is that of "injection", the step
+    before. Of a text, a batch is a segment after another one, and the likelihoods of its words
+    stand for logits."""
     net, task = run.teacher, run.task
     batch_of = task.test.batch(torch.arange(min(batch, len(task.test))))
     x, y = (v.to(run.device) for v in batch_of)
-    last = lambda network: [*itertools.islice(network.segments(x, y), 2)][-1]  # noqa: E731
-    memory = None
-    if net.memory:
-        u = net.inject(next(net.segments(x, y))[0])
-        memory = net.remember(u, net.initial(u))
-    part, told = last(net)
+    first, (last, told) = (lambda parts: (parts[0], parts[-1]))([*part_two(net, x, y)])
+    memories = {
+        net: net.remember(u := net.inject(first[0]), net.initial(u)) if net.memory else None
+        for net in (net, *run.direct.values())
+    }
 
-    def finish(z: Tensor) -> Tensor:
+    def answer(net: Equilibrium, method: Method, nfe: int, u=None) -> Tensor:
+        u = method.inject(last, memories[net]) if u is None else u
+        z = method.solve(net.initial(u), u, nfe, last=True)
         return net.head(z) if task.score else net.nll(z, told)
 
-    def job(name: str, nfe: int, u=None) -> Tensor:
-        u = table[name].inject(part, memory) if u is None else u
-        return finish(table[name].solve(net.initial(u), u, nfe, last=True))
-
-    alone = {("injection", None): lambda: net.inject(part, memory)}
+    networks = {key: (net, table[key[0]], key[1]) for key in sorted(wanted)}
+    for J, direct in run.direct.items():
+        networks["direct", J] = direct, solved_by(direct, picard_of(direct)), J
+    alone = {("injection", None): lambda: net.inject(last, memories[net])}
     for name, explicit in run.explicit.items():
-        inputs = last(explicit)
+        *_, inputs = part_two(explicit, x, y)
         alone[name, None] = lambda e=explicit, i=inputs: e(i[0]) if task.score else e.nll(*i)
-    given = {name: method.inject(part, memory) for name, method in table.items()}
-    timed = {key: lambda key=key: job(*key, given[key[0]]) for key in sorted(wanted)} | alone
+    given = {
+        (net, method): method.inject(last, memories[net]) for net, method, _ in networks.values()
+    }
+    timed = {key: partial(answer, *of, given[of[0], of[1]]) for key, of in networks.items()} | alone
     spent = interleaved(timed, 5, run.device, patience=60)
     seconds = {key: statistics.median(values) for key, values in spent.items()}
-    given.clear()  # gigabytes on a graph
-    whole = {key: lambda key=key: job(*key) for key in wanted} | alone
+    timed.clear(), given.clear()  # gigabytes on a graph
+    whole = {key: partial(answer, *of) for key, of in networks.items()} | alone
     return {key: (seconds[key], peak_memory(whole[key], run.device)) for key in whole}
+
+
+def part_two(network, x: Tensor, y: Tensor):
+    """The first two parts of inputs and labels, or the one that there is."""
+    return itertools.islice(network.segments(x, y), 2)
+
+
+def picard_of(net: Equilibrium) -> Callable[..., Tensor]:
+    return partial(picard, sample_dims=net.sample_dims)
 
 
 def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
@@ -272,8 +287,8 @@ def equals(run: Run, table: dict, batch: int) -> dict[str, int | None]:
 
 
 def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] = frozenset()):
-    """A row for every method and NFE of the task's tables and for every explicit network; and, by
-    (method, NFE), the metric and the seconds there and at the further ones."""
+    """A row for every method and NFE of the task's tables, for every direct and every explicit
+    network; and, by (method, NFE), the metric and the seconds there and at the further ones."""
     data, nfes = getattr(run.task, split), {*run.task.nfes, *(nfe for _, nfe in further)}
     curves = infer.evaluate(run, table, data, tuple(sorted(nfes)), batch)
     points = {(name, row["nfe"]): row for name in table for row in curves[name]}
@@ -283,6 +298,12 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
         for name in table
         for nfe in run.task.nfes
     ]
+    for J, net in run.direct.items():
+        method = {"direct": solved_by(net, picard_of(net))}
+        alone = dataclasses.replace(run, teacher=net)
+        (found,) = infer.evaluate(alone, method, data, (J,), batch, converge=False)["direct"]
+        params = sum(p.numel() for p in net.parameters())
+        rows.append({"method": "direct", **found, "params": params})
     for name, net in run.explicit.items():
         params = sum(p.numel() for p in net.parameters())
         found = infer.evaluate_explicit(run, net, data, batch)
@@ -299,7 +320,7 @@ def measured(run: Run, table: dict, split: str, batch: int, further: set[tuple] 
 
 @torch.no_grad()
 def report(run: Run, split: str = "test", batch: int = 128, peers: bool = False) -> dict:
-    """Evaluates every method of a run; the form of report.json and of results/."""
+    """Evaluates every method of a run; `merge` makes of it the form of report.json and results/."""
     task, table, K = run.task, methods(run, peers), run.config["K"]
     converged = {"anderson": table["anderson"]}
     valid = infer.evaluate(run, converged, task.valid, (K,), batch, "teacher")["anderson"][0]
@@ -368,21 +389,24 @@ def parameters(run: Run, method: str) -> int:
 
 
 def merge(reports: list[dict]) -> dict:
-    """One report over seeds: means of every number, the metric's std (n - 1) and n."""
+    """One report over seeds: means of every number, the metric's std (n - 1) and n, and in place of
+    its items the intervals of its difference to the teacher and to the direct network."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
-    metrics = ("value", "valid", "top5", "nll", "residual", "distance")
-    numbers = (*metrics, "seconds_per_batch", "peak_memory_bytes")
-
-    def mean(rows: list[dict]) -> dict:
-        known = [key for key in numbers if rows[0].get(key) is not None]
-        means = {key: statistics.fmean(r[key] for r in rows) for key in known}
-        values = [r["value"] for r in rows if r["value"] is not None]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        return {**rows[0], **means, "std": spread, "n": len(values)}
-
-    result["teacher"] = mean([r["teacher"] for r in reports])
-    result["rows"] = [mean(rows) for rows in grouped(reports, "rows", ("method", "nfe"))]
+    for report in reports:
+        for row in (report["teacher"], *report["rows"]):
+            row["seed"] = report["seeds"][0]
+    teachers = [r["teacher"] for r in reports]
+    result["teacher"] = mean(teachers)
+    groups = {(rows[0]["method"], rows[0]["nfe"]): rows for rows in grouped(
+        reports, "rows", ("method", "nfe"))}  # fmt: skip
+    result["rows"] = [mean(rows) for rows in groups.values()]
+    for row, rows in zip(result["rows"], groups.values(), strict=True):
+        others = {"vs_teacher": teachers, "vs_direct": groups.get(("direct", row["nfe"]))}
+        for name, other in others.items():
+            if other and other is not rows and row["value"] is not None:
+                sides = ({r["seed"]: r["items"] for r in side} for side in (rows, other))
+                row[name] = difference(*sides, perplexity=result["metric"] == "perplexity")
     result["injection_seconds"] = statistics.fmean(r["injection_seconds"] for r in reports)
     result["equal"] = [  # only methods that get there with every seed
         {**mean(rows), "nfe": [nfe for row in rows for nfe in row["nfe"]]}
@@ -397,6 +421,18 @@ def merge(reports: list[dict]) -> dict:
         for name in {name: None for r in reports for name in r["decay"]}
     }
     return result
+
+
+def mean(rows: list[dict]) -> dict:
+    """The means of rows of several seeds, and the metric's spread over them."""
+    metrics = ("value", "valid", "top5", "nll", "residual", "distance")
+    numbers = (*metrics, "seconds_per_batch", "peak_memory_bytes")
+    known = [key for key in numbers if rows[0].get(key) is not None]
+    means = {key: statistics.fmean(r[key] for r in rows) for key in known}
+    values = [r["value"] for r in rows if r["value"] is not None]
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    kept = {key: value for key, value in rows[0].items() if key not in ("items", "seed")}
+    return {**kept, **means, "std": spread, "n": len(values)}
 
 
 def grouped(reports: list[dict], part: str, keys: tuple[str, ...]) -> list[list[dict]]:
@@ -428,7 +464,8 @@ def table_over_seeds(
     """
     kind = open_task({"task": task, "data": data_folder(extra)})
     if not whole:
-        kind = dataclasses.replace(kind, references=(), learned=(), rivals=(), unmeasured=())
+        none = dict.fromkeys(("directs", "references", "learned", "rivals", "unmeasured"), ())
+        kind = dataclasses.replace(kind, **none)
     reports = []
     for seed in seeds:
         folder = Path(f"runs/{task}-seed{seed}")
@@ -440,10 +477,11 @@ def table_over_seeds(
         run = runs.open_run(folder)
         missing = {*variants} - {*run.students}
         run.students = {name: run.students[name] for name in variants if name in run.students}
-        for part, wanted in (("explicit", kind.references), ("learned", kind.learned)):
+        parts = {"explicit": kind.references, "learned": kind.learned, "direct": kind.directs}
+        for part, wanted in parts.items():
             there = {name: net for name, net in getattr(run, part).items() if whole}
             setattr(run, part, there)
-            missing |= {*wanted} - {*there}
+            missing |= {f"{part} {name}" for name in {*wanted} - {*there}}
         for name in sorted(missing):
             print(f"{folder}: {name or 'the student'} is not finished", file=sys.stderr)
         result = report(run, peers=peers)
@@ -453,10 +491,19 @@ def table_over_seeds(
             except UsageError as error:
                 print(error, file=sys.stderr)
                 continue
-            rows, _, _ = measured(opened, methods(opened), result["split"], 128)
-            result["rows"] += [{**row, "method": f"{row['method']} ({rival})"} for row in rows]
+            result["rows"] += rival_rows(opened, rival, result["split"])
         reports.append(result)
     return {} if infer.ranks()[0] else merge(reports)
+
+
+def rival_rows(run: Run, name: str, split: str, batch: int = 128) -> list[dict]:
+    """The rows of another teacher: of one that was trained longer, its equilibrium alone."""
+    if name != LONGER:
+        rows, _, _ = measured(run, methods(run), split, batch)
+        return [{**row, "method": f"{row['method']} ({name})"} for row in rows]
+    table, K = {"anderson": methods(run)["anderson"]}, run.config["K"]
+    (row,) = infer.evaluate(run, table, getattr(run.task, split), (K,), batch)["anderson"]
+    return [{"method": LONGER, **row, "params": parameters(run, "anderson")}]
 
 
 def train_seed(
@@ -468,12 +515,21 @@ def train_seed(
         named = ["--name", name] if name not in ("", "paper") else []
         for stage in ("teacher", "student"):
             train(*here, "--stage", stage, *flags, *named)
+    for J in kind.directs:
+        train(*here, "--stage", "direct", "--direct", str(J))
     for name in kind.references:
         train(*here, "--stage", "explicit", "--explicit", name)
     for name in kind.learned:
         train(*here, "--stage", name)
     for rival, other in rivals.items():
-        train(*base, "--preset", rival, "--stage", "teacher", "--out", str(other))
+        flags = ["--preset", rival] if rival != LONGER else ["--teacher_steps", str(longer(base))]
+        train(*base, *flags, "--stage", "teacher", "--out", str(other))
+
+
+def longer(flags: list[str]) -> int:
+    """Updates of a teacher and its student together."""
+    config, _ = parse(flags)
+    return config.teacher_steps + config.student_steps
 
 
 def data_folder(flags: list[str]) -> Path:

@@ -15,6 +15,7 @@ every method is one evaluation at z_0. The injection is computed once per input 
 per answer; neither is f-sized, and neither is counted.
 """
 
+import collections
 import copy
 import json
 import math
@@ -108,54 +109,97 @@ def relative(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-12)
 
 
+class Tally:
+    """Sums over labels of what tables tell of one method's states at one NFE."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = collections.defaultdict(float)
+        self.items: list[Tensor] = []
+
+    def add(self, found: dict[str, Tensor], y: Tensor, units: Tensor) -> None:
+        """found: sums over each sample's labels, (B,), or for every label, the shape of y; the
+        metric's come one by one into `items`, as what an interval draws from. units (B,): what
+        each sample belongs to; of a graph, each node is one."""
+        known = labels(y)
+        for name, values in found.items():
+            self.sums[name] += values.double().sum().item()
+        self.sums["labels"] += int(known.sum())
+        metric = found.get("value", found["nll"])
+        if metric.numel() > len(y):  # a graph
+            units, here = torch.arange(y.numel()), (y >= 0).flatten().cpu()
+            units, metric, known = (v.flatten().cpu()[here] for v in (units, metric, y >= 0))
+        self.items.append(torch.stack([v.cpu().double() for v in (units, metric, known)], dim=1))
+
+    def row(self) -> dict:
+        """Means over labels, perplexity where there is no other metric, and the items (n, 3): which
+        unit of the sample each belongs to, its sum, its number of labels."""
+        means = {name: value / self.sums["labels"] for name, value in self.sums.items()}
+        means.setdefault("value", math.exp(min(means["nll"], 700.0)))
+        means.pop("labels")
+        return {**means, "items": torch.cat(self.items)}
+
+
+def gathered(tallies: list[Tally]) -> list[Tally]:
+    """The tallies of all ranks together, on every rank."""
+    if not dist.is_initialized():
+        return tallies
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, tallies)
+    for total, *parts in zip(*everyone, strict=True):
+        for part in parts:
+            total.items += part.items
+            for name, value in part.sums.items():
+                total.sums[name] += value
+    return everyone[0]
+
+
 @torch.no_grad()
 def evaluate(
-    run: Run, methods: dict, split: Split, nfes=None, batch: int = 128, memory: str = "own"
+    run: Run,
+    methods: dict,
+    split: Split,
+    nfes=None,
+    batch: int = 128,
+    memory: str = "own",
+    converge: bool = True,
 ) -> dict[object, list[dict]]:
     """Metric, residual under the teacher's f and distance to its equilibrium: of each method, a
-    row by NFE; means over labels.
+    row by NFE; means over labels, and the metric's items.
 
     memory, for networks that see the segment before: of the states that the same method gave with
-    the same NFE ("own"), of the teacher's equilibria ("teacher"), or "none".
+    the same NFE ("own"), of the teacher's equilibria ("teacher"), or "none". converge: whether
+    there is an equilibrium to measure residual and distance by.
     Each rank takes every world-size-th sample; sums and counts are reduced, so that every sample
     counts once whatever the number of ranks.
     """
     net, nfes = run.teacher, nfes or run.task.nfes
     own = memory == "own" and net.memory > 0
-    names = ("nll", "residual", "distance", *scores(run.task))
-    totals = torch.zeros(len(methods), len(nfes), len(names) + 1, dtype=torch.float64)
+    tallies = {(name, nfe): Tally() for name in methods for nfe in nfes}
     calls = 0
     for method in methods.values():
         method.counter.nfe = 0
-    for x, y in stream(run, split, batch):
-        before, pasts = None, [dict.fromkeys(nfes) for _ in methods]
-        for x, y in net.segments(x, y):  # noqa: B020
-            u = net.inject(x, before)
-            star = equilibrium(run, net.initial(u), u)
-            calls += 1
-            for method, past, total in zip(methods.values(), pasts, totals, strict=True):
+    for x, y, samples in stream(run, split, batch):
+        before, star, u = None, None, None
+        pasts = {name: dict.fromkeys(nfes) for name in methods}
+        for segment, (x, y) in enumerate(net.segments(x, y)):  # noqa: B020
+            calls, units = calls + 1, samples + segment * len(split)
+            if converge:
+                u = net.inject(x, before)
+                star = equilibrium(run, net.initial(u), u)
+            for name, method in methods.items():
+                past = pasts[name]
                 past |= {} if own else dict.fromkeys(nfes, before)
-                for i, z in enumerate(answers(net, method, x, past, own)):
-                    found = measures(run, z, u, star, y)
-                    sums = [(found[name] * labels(y)).sum().item() for name in names]
-                    total[i] += torch.tensor([*sums, labels(y).sum()]).double()
+                for nfe, z in zip(nfes, answers(net, method, x, past, own), strict=True):
+                    tallies[name, nfe].add(measures(run, z, u, star, y), y, units)
                 del z  # a view of gigabytes on a graph: not beside the next method's
-            before = net.remember(u, star) if memory != "none" else None
+            before = net.remember(u, star) if memory != "none" and converge else None
     for name, method in methods.items():
         made, declared = method.counter.nfe, calls * (sum(nfes) if own else max(nfes))
         if made != declared:
             raise AssertionError(f"{name}: {made} evaluations were made, {declared} declared")
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    rows = {
-        name: [
-            {"nfe": nfe, **dict(zip(names, (row[:-1] / row[-1]).tolist(), strict=True))}
-            for nfe, row in zip(nfes, total, strict=True)
-        ]
-        for name, total in zip(methods, totals, strict=True)
-    }
-    for row in (row for of_method in rows.values() for row in of_method):
-        row.setdefault("value", math.exp(min(row["nll"], 700.0)))
+    rows: dict = {name: [] for name in methods}
+    for (name, nfe), tally in zip(tallies, gathered([*tallies.values()]), strict=True):
+        rows[name].append({"nfe": nfe, **tally.row()})
     return rows
 
 
@@ -173,27 +217,30 @@ def answers(net: Equilibrium, method: Method, x: Tensor, past: dict, own: bool) 
         yield z
 
 
-def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and y of this rank's share of a split, on the device; of one graph, on one rank."""
+def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """x and y of this rank's share of a split, on the device, and the unit of each sample: samples
+    of one picture are one unit; of one graph, on one rank."""
     rank, world = ranks()
     rows = torch.arange(rank, len(split), world).split(batch)
     batches = ((part,) for part in rows if len(part))
+    first = 0
     for x, y in split.stream(batches, run.config.get("workers", 0)):
         if len(y):
-            yield x.to(run.device), y.to(run.device)
+            samples = rank + world * torch.arange(first, first + len(y))
+            first += len(y)
+            yield x.to(run.device), y.to(run.device), samples // split.draws
 
 
 def measures(run: Run, z: Tensor, u: Tensor, star: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """What tables tell of a state z, each (B,): metrics, residual under the teacher's f, distance
-    to its equilibrium."""
+    """What tables tell of a state z, sums over labels: metrics and, where there is an equilibrium
+    star, the residual under the teacher's f and the distance to it."""
     net, wanted = run.teacher, scores(run.task)
+    found = {"nll": net.nll(z, y) * labels(y)}
+    if star is not None:
+        found["residual"] = relative(net.f(z, u), z) * labels(y)
+        found["distance"] = relative(z, star) * labels(y)
     logits = net.head(z) if wanted else None
-    return {
-        "nll": net.nll(z, y),
-        "residual": relative(net.f(z, u), z),
-        "distance": relative(z, star),
-        **{name: score(logits, y) for name, score in wanted.items()},
-    }
+    return found | {name: score(logits, y) for name, score in wanted.items()}
 
 
 def scores(task: Task) -> dict[str, Callable]:
@@ -202,20 +249,16 @@ def scores(task: Task) -> dict[str, Callable]:
 
 
 @torch.no_grad()
-def evaluate_explicit(run: Run, net: nn.Module, split: Split, batch: int = 128) -> dict[str, float]:
-    """The metrics of a network of finite depth over a split."""
-    wanted = scores(run.task)
-    totals = torch.zeros(len(wanted) + 2, dtype=torch.float64)
-    for x_all, y_all in stream(run, split, batch):
-        for x, y in net.segments(x_all, y_all):
+def evaluate_explicit(run: Run, net: nn.Module, split: Split, batch: int = 128) -> dict:
+    """The metrics of a network of finite depth over a split, and the metric's items."""
+    wanted, tally = scores(run.task), Tally()
+    for x_all, y_all, samples in stream(run, split, batch):
+        for segment, (x, y) in enumerate(net.segments(x_all, y_all)):
             logits = net(x) if wanted else None
-            sums = [*(score(logits, y) for score in wanted.values()), net.nll(x, y)]
-            sums = [(v * labels(y)).sum().item() for v in sums]
-            totals += torch.tensor([*sums, labels(y).sum()]).double()
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    found = dict(zip((*wanted, "nll"), (totals[:-1] / totals[-1]).tolist(), strict=True))
-    return {"value": math.exp(found["nll"]), **found}
+            found = {"nll": net.nll(x, y) * labels(y)}
+            found |= {name: score(logits, y) for name, score in wanted.items()}
+            tally.add(found, y, samples + segment * len(split))
+    return gathered([tally])[0].row()
 
 
 def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
@@ -315,10 +358,10 @@ def evaluate_anytime(run: Run, name: str, split: Split, tol: float, max_nfe: int
     """Metric and NFE of the anytime mode over a split."""
     student, decay = run.students[name]
     scores, used = [], []
-    for x, y in stream(run, split, 128):
+    for x, y, _ in stream(run, split, 128):
         u = student.inject(x)
         z, nfe = anytime(student, run.teacher.initial(u), u, tol, max_nfe, decay)
-        scores.append(run.task.score(run.teacher.head(z), y))
+        scores.append(run.task.score(run.teacher.head(z), y)[y >= 0])
         used.append(nfe)
     nfe = torch.cat(used).float()
     return {
@@ -402,6 +445,8 @@ def main(argv: list[str]) -> None:
         nfes = tuple(sorted(set(args.nfe))) or run.task.nfes
         method = {"": counted(*run.students[args.student])}
         result = evaluate(run, method, split, nfes, args.batch, args.memory)[""]
+        for row in result:
+            row.pop("items")
         line = "NFE {nfe:3d}: value {value:.2f}, distance {distance:.4f}, residual {residual:.4f}"
     lines = [line.format(**row) for row in result]
     print(json.dumps(result, indent=1) if args.json else "\n".join(lines))

@@ -172,29 +172,30 @@ class LearnedSolverLoss(nn.Module):
 
 
 class TeacherLoss(nn.Module):
-    """The DEQ's own training loss: equilibrium by Anderson, gradient by a few unrolled steps.
+    """The DEQ's own training loss: some steps of Anderson acceleration without gradient, then a few
+    layers of f with it.
 
-    steps: solver evaluations without gradient. phantom, tau: differentiable steps
-    z <- tau f(z) + (1 - tau) z after them (Geng et al., 2021; one is Jacobian-free, Fung et al.,
-    2022): ordinary autograd, the same under DDP, its memory independent of `steps`.
+    Solved before: the layers are a phantom gradient at the equilibrium (Geng et al., 2021; with one
+    layer Jacobian-free, Fung et al., 2022). Not solved before: they are an unrolled network. Either
+    way ordinary autograd, the same under DDP, its memory independent of the solver's steps.
     """
 
-    def __init__(self, net: Equilibrium, steps: int, phantom: int, tau: float, **solver):
+    def __init__(self, net: Equilibrium, **solver):
         super().__init__()
-        self.net, self.steps, self.phantom, self.tau, self.solver = net, steps, phantom, tau, solver
+        self.net, self.solver = net, solver
 
     def forward(
-        self, x: Tensor, y: Tensor, probe: Tensor | None, layers: int = 0
+        self, x: Tensor, y: Tensor, steps: int, layers: int, probe: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """probe (B, state...): direction of the Jacobian estimate, or None for no estimate.
-        layers > 0: no solve, but that many layers of f from z_0, all differentiated."""
+        """steps: of the solver, from z_0; layers: of f after them; probe (B, state...): direction
+        of the Jacobian estimate, or None for no estimate."""
         net = self.net
         net.redraw()
         u = net.inject(x)
         z, terms = net.initial(u), {}
-        if not layers:
+        if steps:
             options = dict(last=True, sample_dims=net.sample_dims, **self.solver)
-            z = anderson(lambda z: net.f(z, u), z, self.steps, **options)
+            z = anderson(lambda z: net.f(z, u), z, steps, **options)
         with parametrize.cached():
             if probe is not None:  # |v^T J|^2 / n estimates |J|_F^2 / n (Bai et al., 2021b)
                 z_in = z.requires_grad_(True)
@@ -202,6 +203,6 @@ class TeacherLoss(nn.Module):
                 (vjp,) = torch.autograd.grad(f_z, z_in, probe, create_graph=True)
                 terms["jacobian"] = vjp.square().mean()
                 z = z.detach()
-            for _ in range(layers or self.phantom):
-                z = torch.lerp(z, net.f(z, u), 1.0 if layers else self.tau)
+            for _ in range(layers):
+                z = net.f(z, u)
         return {"task": net.nll(z, y).mean(), **terms}

@@ -25,8 +25,8 @@ from tasks import Task
 
 @dataclass
 class Run:
-    """A run folder's networks, ready to answer: the teacher, and by name each finished student,
-    explicit network and learned solver."""
+    """A run folder's networks, ready to answer: the teacher, and each finished student, explicit
+    network and learned solver by name and direct network by its evaluations."""
 
     folder: Path
     task: Task
@@ -35,6 +35,7 @@ class Run:
     students: dict[str, tuple[Student, float]]  # name -> (EMA student, decay)
     explicit: dict[str, nn.Module]
     learned: dict[str, LearnedSolver]
+    direct: dict[int, Equilibrium]
     device: torch.device
 
     def solver(self) -> dict:
@@ -128,8 +129,21 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
             config = config | {"K": saved["config"]["K"]}
     return Run(
         *(folder, task, config, teacher, students),
-        *(open_explicit(folder, task, device), open_learned(folder, teacher, device), device),
+        *(open_explicit(folder, task, device), open_learned(folder, teacher, device)),
+        *(open_direct(folder, task, device), device),
     )
+
+
+def open_direct(folder: Path, task: Task, device: torch.device) -> dict[int, Equilibrium]:
+    """The finished direct networks of a run folder, by the evaluations that they make."""
+    found = {}
+    for path in folder.glob("direct-*.pt"):
+        saved = load(path, "direct")
+        if saved["step"] == saved["updates"]:
+            net = task.network(saved["config"])
+            fill(net, saved["model"], path)
+            found[int(path.stem.removeprefix("direct-"))] = net.to(device).eval()
+    return dict(sorted(found.items()))
 
 
 def open_explicit(folder: Path, task: Task, device: torch.device) -> dict[str, nn.Module]:

@@ -29,7 +29,7 @@ def markdown(result: dict) -> str:
     nfes = sorted({row["nfe"] for row in implicit})
     cells = {(row["method"], row["nfe"]): row for row in implicit}
     names = dict.fromkeys(row["method"] for row in implicit)
-    few = {name: some(cells[name, nfes[0]], result) for name in names}
+    few = {row["method"]: some(row, result) for row in implicit}
     lines = [
         f"# {result.get('note') or result['task']} by NFE",
         "",
@@ -39,12 +39,15 @@ def markdown(result: dict) -> str:
     ]
 
     def of(key: str) -> list[list[str]]:
-        return [[number(cells[name, nfe], key) for nfe in nfes] for name in names]
+        return [[number(cells.get((name, nfe), {}), key) for nfe in nfes] for name in names]
 
     for key, title in TITLES.items():
         rows = [[f"{name}{few[name]}", *row] for name, row in zip(names, of(key), strict=True)]
+        rows = [row for row in rows if any(row[1:])]
         lines += table(title.format(**result), ["method", *map(str, nfes)], rows)
-    params = (number(cells[name, nfes[0]], "params") for name in names)
+        if key == "value":
+            lines += difference_lines(result, nfes)
+    params = (number(next(r for r in implicit if r["method"] == name), "params") for name in names)
     rows = [[*two, *row] for *two, row in zip(names, params, of("peak_memory_bytes"), strict=True)]
     title = "parameters and peak memory of an answer (bytes) by NFE"
     lines += table(title, ["method", "parameters", *map(str, nfes)], rows)
@@ -62,6 +65,33 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def difference_lines(result: dict, nfes: list[int]) -> list[str]:
+    """The tables of differences to the teacher and to the direct networks, with what they mean."""
+    lines = []
+    others = {"vs_teacher": "converged teacher", "vs_direct": "direct network of J = NFE"}
+    for key, title in others.items():
+        rows = [row for row in result["rows"] if row.get(key)]
+        names = dict.fromkeys(row["method"] for row in rows if row["nfe"])
+        cells = {(row["method"], row["nfe"]): verdict(row[key], result) for row in rows}
+        shown = [nfe for nfe in nfes if any((name, nfe) in cells for name in names)]
+        body = [[name, *(cells.get((name, nfe), "") for nfe in shown)] for name in names]
+        if body:
+            lines += table(
+                f"{result['metric']} less that of the {title}, 95 % interval",
+                ["method", *map(str, shown)], body,
+            )  # fmt: skip
+    return lines
+
+
+def verdict(interval: list[float], result: dict) -> str:
+    """A difference, its interval, and who is ahead, if anybody."""
+    value, low, high = interval
+    word = "no difference"
+    if low > 0 or high < 0:
+        word = "ahead" if (low > 0) == result["higher_is_better"] else "behind"
+    return f"{value:+.2f} ({low:+.2f} .. {high:+.2f}) {word}"
+
+
 def some(row: dict, result: dict) -> str:
     """Said of a row that not all seeds have."""
     n, all_ = row["n"], len(result["seeds"])
@@ -74,11 +104,13 @@ def explicit_lines(result: dict) -> list[str]:
     columns = ["value", "valid", "params", "seconds_per_batch", "peak_memory_bytes"]
     if not any("valid" in row for row in explicit):  # tables made before it was measured
         columns.remove("valid")
-    rows = [
-        [f"{row['method']}{some(row, result)}", *(number(row, key) for key in columns)]
-        for row in explicit
-    ]
-    return table("networks of finite depth", ["network", *columns], rows) if rows else []
+    rows = []
+    for row in explicit:
+        told = verdict(row["vs_teacher"], result) if row.get("vs_teacher") else ""
+        cells = (number(row, key) for key in columns)
+        rows.append([f"{row['method']}{some(row, result)}", *cells, told])
+    head = ["network", *columns, "less the teacher's"]
+    return table("networks of finite depth", head, rows) if rows else []
 
 
 def memory_lines(result: dict, nfes: list[int]) -> list[str]:

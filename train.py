@@ -276,7 +276,7 @@ def fit_network(run: Trainer, stage: str, path: Path, net: Equilibrium, steps: i
     if config.compile:
         net.cell.compile()
     solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
-    module = TeacherLoss(net, config.solver_steps, config.phantom, config.tau, **solver)
+    module = TeacherLoss(net, **solver)
     if stage == "teacher":
         numbers = run.part // run.world * state.numel()
         run.say(
@@ -292,27 +292,33 @@ def fit_network(run: Trainer, stage: str, path: Path, net: Equilibrium, steps: i
     run.fit(stage, path, module, net.train(), weigh, draw, steps, optimizer, net.project, **extra)
 
 
-def unrolled_layers(config: Config, step: int) -> int:
-    """Layers of f that the teacher's update `step` unrolls, 0 where it solves: 1, 2, 4 and so on
-    up to --layers, each for an equal share of the first --unrolled updates. One layer learns
-    fastest what all depths share, the embedding and the head."""
-    first, doublings = config.unrolled * config.teacher_steps, math.ceil(math.log2(config.layers))
+def depth(config: Config, step: int) -> tuple[int, int]:
+    """Solver steps before the gradient, and layers with it, in the teacher's update `step`.
+
+    The solver makes 0 to --solver_steps, drawn anew each time: what follows learns to go on from
+    z_0 as well as from the equilibrium, and from anywhere between. In the first --unrolled updates
+    there is no solver, and of layers 1, then 2, then 4, up to --phantom, in equal shares: one layer
+    learns fastest what all depths share.
+    """
+    first, doublings = config.unrolled * config.teacher_steps, math.ceil(math.log2(config.phantom))
     if step >= first:
-        return 0
-    return min(config.layers, 2 ** int(step / first * (doublings + 1)))
+        generator = torch.Generator().manual_seed(config.seed * 10**9 + step)
+        return int(torch.randint(config.solver_steps + 1, (), generator=generator)), config.phantom
+    return 0, min(config.phantom, 2 ** int(step / first * (doublings + 1)))
 
 
 def teacher_parts(run: Trainer, stage: str, state: torch.Size, parts: range) -> Iterator[tuple]:
     """The arguments of TeacherLoss for each of these parts; state: the shape of a sample's."""
     config = run.config
     for part, (x, y) in zip(parts, views(run, parts), strict=True):
-        generator, probe, layers = run.generator(0, part), None, config.direct
-        if stage == "teacher":
-            layers = unrolled_layers(config, part // config.accumulate)
-        chance = torch.rand((), generator=generator) if config.jac_weight > 0 else 1.0
-        if chance < config.jac_prob and not layers:
+        generator, probe = run.generator(0, part), None
+        steps, layers = depth(config, part // config.accumulate)
+        if stage == "direct":
+            steps, layers = 0, config.direct
+        chance = torch.rand((), generator=generator)
+        if steps and config.jac_weight > 0 and chance < config.jac_prob:
             probe = torch.randn(run.part, *state, generator=generator)[run.mine].to(run.device)
-        yield x.to(run.device), y.to(run.device), probe, layers
+        yield x.to(run.device), y.to(run.device), steps, layers, probe
 
 
 def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
@@ -605,7 +611,7 @@ def train_and_evaluate(run: Trainer) -> None:
     if config.stage in ("all", "evaluate"):
         result = compare.report(runs.open_run(run.folder, config.data, run.device.type))
         if not run.rank:
-            print(tables.write(result, run.folder / "report"))
+            print(tables.write(compare.merge([result]), run.folder / "report"))
 
 
 def main(argv: list[str]) -> None:

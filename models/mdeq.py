@@ -70,7 +70,7 @@ PRESETS = {
 
 def conv(c_in: int, c_out: int, size: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=bias)
-    nn.init.normal_(layer.weight, std=0.01)  # every convolution is followed by a normalisation
+    nn.init.kaiming_normal_(layer.weight)
     return layer
 
 

@@ -18,12 +18,14 @@ from models import Equilibrium
 class Split:
     """Inputs x (N, ...) and labels y (N, ...) held in memory.
 
-    augment: a random transform of one input, or None.
+    augment: a random transform of one input, or None. draws: so many samples, one after another,
+    are views of one picture, and no evidence independent of each other.
     """
 
     x: Tensor
     y: Tensor
     augment: Callable[[Tensor], Tensor] | None = None
+    draws: int = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -53,17 +55,18 @@ class Split:
 class Task:
     """A data set with its network and metric.
 
-    score(logits, y): the metric's summand for each sample, (B,), or None where the metric is the
-    perplexity, exp of the mean nll over labels; further: more summands by name, reported beside it.
-    read: a user's own input as x (1, ...), of a path or, for texts, of a line. network(settings):
-    the teacher that a dict of settings asks for by `preset` and `options`, the settings besides it
-    that this network knows. defaults: settings that suit the task. nfes: columns of its tables.
-    note: said in every table. margin: within it, a metric counts as equal to the teacher's; of
-    perplexity, a share. decays: candidates for the base of the inference schedule. choice: samples
-    of the validation split that it and the tables' equal NFE are chosen on, 0 for all.
-    explicit(settings): the reference network of finite depth that they ask for; references: those
-    that the tables have; learned: the learned solvers that they have; unmeasured: those whose rows
-    stay empty; rivals: presets whose solvers have rows of their own.
+    score(logits, y): the metric's summand for each label, the shape of y, or None where the metric
+    is the perplexity, exp of the mean nll over labels; further: more summands by name, reported
+    beside it. read: a user's own input as x (1, ...), of a path or, for texts, of a line.
+    network(settings): the teacher that a dict of settings asks for by `preset` and `options`, the
+    settings besides it that this network knows. defaults: settings that suit the task. nfes:
+    columns of its tables. note: said in every table. margin: within it, a metric counts as equal to
+    the teacher's; of perplexity, a share. directs: evaluations J that its tables train a network
+    for directly. decays: candidates for the base of the inference schedule. choice: samples of the
+    validation split that it and the tables' equal NFE are chosen on, 0 for all. explicit(settings):
+    the reference network of finite depth that they ask for; references: those that the tables have;
+    learned: the learned solvers that they have; unmeasured: those whose rows stay empty; rivals:
+    presets whose solvers have rows of their own.
     """
 
     name: str
@@ -80,9 +83,10 @@ class Task:
     further: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     defaults: dict = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    nfes: tuple[int, ...] = (1, 2, 3, 4, 8, 16)
+    nfes: tuple[int, ...] = (1, 2, 4, 8, 20)
     note: str = ""
     margin: float = 0.5
+    directs: tuple[int, ...] = (1, 2, 4)
     decays: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
     choice: int = 0
     explicit: Callable[[dict], nn.Module] | None = None

@@ -2,6 +2,7 @@
 
 `digits`: the 1,797 real handwritten digits of 8 x 8 pixels that come with scikit-learn (Alpaydin &
 Kaynak, 1998): 1,097 to train, 200 to validate, 500 to test, stratified, the same in every run.
+`digits-hard`: the same pictures under strong random transforms and noise.
 `imagenet`, and `imagenette` at 64 pixels: --data DIR with train/ and val/, a folder per class in
 each, or torchvision's ImageNet archives. `cifar10`, `fashion-mnist`: torchvision's, downloaded on
 first use. Of these, val/ or the test part is the test split; of the training part a tenth, 10,000
@@ -22,6 +23,7 @@ from tasks import Split, Task
 from tasks.pictures import folders, pictures, to_tensor
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+DRAWS = 10  # views of a hard digit
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 FASHION = dict(mean=(0.2860,), std=(0.3530,))
 # Of photographs: at ten times the rate the student unlearns what it starts with, one solver step.
@@ -71,9 +73,40 @@ def image_task(name: str, train, valid, test, classes: tuple[str, ...], **more) 
 
 def digits(data: Path) -> Task:
     """The embedded default task; `data` is not used."""
+    from torchvision.transforms import v2
+
+    bilinear = v2.InterpolationMode.BILINEAR
+    jitter = v2.RandomAffine(10, (0.06, 0.06), (0.9, 1.1), interpolation=bilinear, fill=-1)
+    train, valid, test = scans()
+    parts = Split(*train, jitter), Split(*valid), Split(*test)
+    return image_task("digits", *parts, tuple("0123456789"), read=read_digit)
+
+
+@functools.cache
+def digits_hard(data: Path) -> Task:
+    """The same digits turned, shifted, scaled, sheared and under noise: 10 fixed views of each
+    picture to validate and to test; `data` is not used."""
+    from torchvision.transforms import v2
+
+    bilinear = v2.InterpolationMode.BILINEAR
+    affine = v2.RandomAffine(45, (0.2, 0.2), (0.6, 1.3), 20, interpolation=bilinear, fill=-1)
+    distort = v2.Compose([affine, v2.GaussianNoise(sigma=0.2, clip=False)])
+    train, *rest = scans()
+    parts = [Split(*train, distort)]
+    for x, y in rest:
+        views = Split(x.repeat_interleave(DRAWS, 0), y.repeat_interleave(DRAWS), distort)
+        seeds = torch.arange(len(views))
+        parts.append(Split(*views.batch(seeds, seeds), draws=DRAWS))
+    return image_task(
+        "digits-hard", *parts, tuple("0123456789"), read=read_digit, family="digits",
+        defaults=dict(teacher_steps=2000, save_every=100),
+    )  # fmt: skip
+
+
+def scans() -> list[tuple[Tensor, Tensor]]:
+    """The digits and their labels: train, valid, test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-    from torchvision.transforms import v2
 
     images, labels = load_digits(return_X_y=True)
     rest, test = train_test_split(
@@ -82,15 +115,7 @@ def digits(data: Path) -> Task:
     train, valid = train_test_split(rest, test_size=200, random_state=0, stratify=labels[rest])
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1  # ink 0..16 to -1..1
     y = torch.tensor(labels)
-    jitter = v2.RandomAffine(
-        degrees=10,
-        translate=(0.06, 0.06),
-        scale=(0.9, 1.1),
-        interpolation=v2.InterpolationMode.BILINEAR,
-        fill=-1,
-    )
-    parts = Split(x[train], y[train], jitter), Split(x[valid], y[valid]), Split(x[test], y[test])
-    return image_task("digits", *parts, tuple("0123456789"), read=read_digit)
+    return [(x[part], y[part]) for part in (train, valid, test)]
 
 
 def picture(path: Path, mode: str):
@@ -134,7 +159,7 @@ def photographs(
         read=lambda path: plain(picture(path, "RGB"))[None],
         size=image_size,
         further={"top5": functools.partial(accuracy, k=5)} if len(classes) > 5 else {},
-        nfes=(1, 2, 4, 8, 16, 26),
+        nfes=(1, 2, 4, 8, 20),
         defaults=defaults,
         explicit=functools.partial(vision, classes=len(classes)),
         references=REFERENCES,
@@ -146,9 +171,9 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
     """The schedule of the reference, half of it unrolled, at eight GPUs' batch."""
     defaults = dict(
         batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
-        teacher_steps=250_000, layers=5, solver_steps=18, phantom=3,
-        jac_prob=0.08, K=26, student_steps=100_000, cache_dtype="bf16",
-        chunk=64, save_every=1000, log_every=100, explicit_steps=250_000, **PHOTOGRAPHS,
+        teacher_steps=250_000, unrolled=0.5, solver_steps=18, K=26, student_steps=100_000,
+        cache_dtype="bf16", chunk=64, save_every=1000, log_every=100, explicit_steps=250_000,
+        **PHOTOGRAPHS,
     )  # fmt: skip
     return photographs("imagenet", data, image_size, unreadable, defaults)
 
@@ -156,10 +181,9 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
 def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> Task:
     """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
     defaults = dict(
-        batch=64, teacher_steps=6000, teacher_lr=2e-3, layers=4,
-        solver_steps=6, store="rolling", student_steps=1500,
-        explicit_steps=6000, explicit_lr=1e-3, explicit_decay=0.05, save_every=100, log_every=50,
-        **PHOTOGRAPHS,
+        batch=64, teacher_steps=2500, teacher_lr=2e-3, solver_steps=6, phantom=3,
+        store="rolling", student_steps=1000, explicit_steps=2500, explicit_lr=1e-3,
+        explicit_decay=0.05, save_every=100, log_every=50, **PHOTOGRAPHS,
     )  # fmt: skip
     return photographs(
         "imagenette", data, image_size, unreadable, defaults, folder="imagenette-64",
@@ -197,8 +221,7 @@ def downloaded(name: str, cls: str, data: Path, statistics: dict, side: int, **m
 
 def cifar10(data: Path) -> Task:
     defaults = dict(
-        batch=96, teacher_steps=100_000, teacher_lr=1e-3, teacher_decay=0.0, unrolled=0.2, layers=10,
-        solver_steps=8, jac_weight=0.4, jac_prob=0.05, student_steps=20_000,
+        batch=96, teacher_steps=100_000, teacher_lr=1e-3, teacher_decay=0.0, student_steps=20_000,
         student_lr=1e-3, save_every=500, log_every=100,
     )  # fmt: skip
     return downloaded("cifar10", "CIFAR10", data, CIFAR, 32, family="cifar", defaults=defaults)
@@ -211,6 +234,7 @@ def fashion(data: Path) -> Task:
 
 TASKS = {
     "digits": digits,
+    "digits-hard": digits_hard,
     "imagenet": imagenet,
     "imagenette": imagenette,
     "cifar10": cifar10,

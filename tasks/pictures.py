@@ -30,6 +30,7 @@ class Pictures:
     plain: Callable
     augment: Callable | None = None
     unreadable: str = "refuse"
+    draws: int = 1
     skipped: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:

@@ -205,7 +205,6 @@ def text_task(
         read=lambda line: encode(line.split(), known, "--prompt")[None],
         classes=tuple(known),
         options=("per_token", "own_memory"),
-        nfes=(1, 2, 4, 8, 20),
         margin=0.05,
         choice=4,  # streams: an eighth of the words
         decays=(0.5, 0.8, 0.95),
@@ -218,8 +217,8 @@ def text_task(
 
 # An hour or two of two CPU cores; one of them for a student.
 LITTLE = dict(
-    batch=16, teacher_steps=3000, teacher_lr=3e-3, teacher_decay=0.05, unrolled=0.7, layers=2,
-    solver_steps=6, phantom=2, jac_weight=0.0, student_steps=1000, student_lr=1e-3,
+    batch=16, teacher_steps=3000, teacher_lr=3e-3, teacher_decay=0.05, unrolled=0.7,
+    solver_steps=6, phantom=2, student_steps=1000, student_lr=1e-3,
     store="rolling", cache_gb=1.0, chunk=16, explicit_steps=3000, explicit_lr=3e-3,
     explicit_decay=0.05, save_every=100, log_every=50,
 )  # fmt: skip
@@ -229,10 +228,10 @@ def wikitext103(data: Path, segment: int = 150, memory: int = 150) -> Task:
     """The schedule of the reference: a tenth of it unrolled, two layers deep."""
     defaults = dict(
         batch=56, teacher_steps=300_000, teacher_lr=2.5e-4, teacher_decay=0.0, clip=0.25,
-        unrolled=0.1, layers=2, solver_steps=24, phantom=3, jac_weight=1.9,
-        jac_prob=0.1, K=38, student_steps=50_000, student_lr=1e-4, cache_dtype="bf16", chunk=8,
-        cache_gb=16.0, dtype="bf16", explicit_steps=300_000, explicit_lr=2.5e-4, save_every=1000,
-        log_every=100,
+        unrolled=0.1, solver_steps=24, phantom=3, K=38, student_steps=50_000, student_lr=1e-4,
+        cache_dtype="bf16", chunk=8, cache_gb=16.0, dtype="bf16",
+        explicit_steps=300_000, explicit_lr=2.5e-4,
+        save_every=1000, log_every=100,
     )  # fmt: skip
     names = ("transformer-103", "transformer-103-pre-ln", "transformer-small", "transformer-tiny")
     known, ids = read_folder(where(data, "wikitext-103"))
@@ -253,9 +252,7 @@ def folder(data: Path, segment: int = 64, memory: int = 64) -> Task:
 
 def embedded(data: Path, segment: int = 32, memory: int = 32) -> Task:
     """The embedded text; `data` is not used."""
-    defaults = LITTLE | dict(
-        teacher_steps=3000, student_steps=1000, first=True, explicit_steps=3000
-    )
+    defaults = LITTLE | dict(teacher_steps=1500, student_steps=700, first=True, explicit_steps=1500)
     known, texts = read_docstrings()
     ids = [encode(texts[part], known, "docstrings") for part in PARTS]
     names = ("transformer-tiny",)

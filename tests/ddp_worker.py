@@ -34,6 +34,8 @@ def gap(module, network, batch) -> float:
     def shard(v):
         if isinstance(v, tuple):
             return tuple(shard(z) for z in v)
+        if not isinstance(v, torch.Tensor):
+            return v
         return v[len(v) // world * rank : len(v) // world * (rank + 1)]
 
     whole = gradients(module, network, batch)
@@ -54,7 +56,7 @@ def text_gaps() -> tuple[float, float]:
     times = student.times.schedule(3, 0.8)
     batch = (x, y, k, k + 1, states, torch.ones(8), times, 5, True)
     probe = torch.randn(8, 10, 16)
-    return gap(module, student, batch), gap(TeacherLoss(net, 2, 2, 0.8), net, (x, y, probe))
+    return gap(module, student, batch), gap(TeacherLoss(net), net, (x, y, 2, 2, probe))
 
 
 def main(folder: str) -> None:
@@ -71,8 +73,11 @@ def main(folder: str) -> None:
     ema = copy.deepcopy(student).requires_grad_(False)
     distillation = Distillation(frozen, student, ema)
     batch = (x, y, k, k + 1, states, torch.ones(8), times)
-    teacher = TeacherLoss(net, steps=2, phantom=2, tau=0.8)
-    gaps = gap(distillation, student, batch), gap(teacher, net, (x, y, torch.randn_like(z[0])))
+    teacher = TeacherLoss(net)
+    gaps = (
+        gap(distillation, student, batch),
+        gap(teacher, net, (x, y, 2, 2, torch.randn_like(z[0]))),
+    )
     gaps += text_gaps()
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split

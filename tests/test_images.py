@@ -200,10 +200,10 @@ def test_dropout_masks_stay_for_a_solve_and_change_with_the_next():
         assert not torch.equal(net.f(z, u), first)
 
 
-def test_pretraining_differentiates_every_layer():
+def test_a_network_without_a_solver_differentiates_every_layer():
     """The unrolled loss is that of `layers` Picard steps, and its gradient autograd's."""
     net, x, y = MDEQ(**SMALL).eval(), torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    TeacherLoss(net, steps=9, phantom=1, tau=1.0)(x, y, None, layers=3)["task"].backward()
+    TeacherLoss(net)(x, y, steps=0, layers=3)["task"].backward()
     found = net.cell.blocks[1].conv2.parametrizations.weight.original1.grad.clone()
     net.zero_grad()
     u = net.inject(x)
@@ -224,7 +224,7 @@ def test_training_memory_is_independent_of_the_solver():
         sizes = []
         pack = lambda v, sizes=sizes: sizes.append(v.numel()) or v  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            TeacherLoss(net, steps, phantom=1, tau=1.0)(x, y, None)
+            TeacherLoss(net)(x, y, steps, layers=1)
         kept.append(sum(sizes))
     assert kept[0] == kept[1] > x.numel()
 
@@ -280,7 +280,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path):
     weights = []
     for parts in (1, 2):
         out = tmp_path / str(parts)
-        flags = ["--teacher_steps=3", "--solver_steps=3", "--batch=16", "--jac_weight=0"]
+        flags = ["--teacher_steps=3", "--solver_steps=3", "--batch=16", "--optimizer=sgd"]
         train.main(["--stage=teacher", f"--out={out}", f"--accumulate={parts}", *flags])
         weights.append(load(out / "teacher.pt", "teacher")["model"])
     for name in weights[0]:

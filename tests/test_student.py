@@ -244,7 +244,7 @@ def test_phantom_gradient_is_the_implicit_gradient_in_the_limit():
     dz*/dA = (I - J)^{-1} df/dA, here against the dense inverse."""
     net = TanhNet().double()
     x, y = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
-    loss = TeacherLoss(net, steps=80, phantom=60, tau=1.0, m=6)(x, y, None)["task"]
+    loss = TeacherLoss(net, m=6)(x, y, steps=80, layers=60)["task"]
     (phantom,) = torch.autograd.grad(loss, net.cell.A)
     z = anderson(lambda z: net.f(z, x), torch.zeros_like(x), 80, last=True).requires_grad_(True)
     (dz,) = torch.autograd.grad(net.nll(z, y).mean(), z)
@@ -260,7 +260,7 @@ def test_jacobian_term_estimates_the_squared_norm():
     x, y = torch.randn(1, 5), torch.tensor([3])
     z = anderson(lambda z: net.f(z, x), torch.zeros_like(x), 40, last=True)
     J = torch.autograd.functional.jacobian(lambda z: net.f(z, x)[0], z)[:, 0]
-    module = TeacherLoss(net, steps=40, phantom=1, tau=1.0)
+    module = TeacherLoss(net)
     many, labels = x.expand(4000, -1), y.expand(4000)
-    estimate = module(many, labels, torch.randn(4000, 5))["jacobian"]
+    estimate = module(many, labels, 40, 1, torch.randn(4000, 5))["jacobian"]
     assert estimate.item() == pytest.approx((J.square().sum() / 5).item(), rel=0.1)
