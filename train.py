@@ -619,6 +619,8 @@ def main(argv: list[str]) -> None:
     run = Trainer(config, task)
     if run.world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
+    if told := task.said():
+        run.say(told)
     if config.stage == "explicit":
         train_explicit(run)
     elif config.stage == "direct":

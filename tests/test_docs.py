@@ -14,7 +14,7 @@ from .conftest import ROOT
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("tasks/*.py")]
 README = (ROOT / "README.md").read_text()
 FLOORS = [
-    {"checkpoint", "anderson", "fpode"},
+    {"checkpoint", "anderson", "fpode", "intervals"},
     {"student", "models", "tasks"},
     {"losses", "trajectories", "config", "runs"},
     {"infer", "tables", "compare", "speed", "train"},

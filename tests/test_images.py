@@ -441,3 +441,21 @@ def test_answers_on_a_users_picture(tree, tmp_path, capsys):
     file = next((tree / "val" / "n01").iterdir())
     infer.main([f"--run={out}", "--nfe", "2", "--files", str(file)])
     assert capsys.readouterr().out.startswith(f"{file}: n0")
+
+
+def test_no_digit_is_tested_that_was_trained():
+    """Equal pictures: at most one in twenty."""
+    (train, _), *rest = images.scans()
+    for x, _ in rest:
+        equal = (x.flatten(1)[:, None] == train.flatten(1)[None]).all(2).any(1)
+        assert equal.float().mean() <= 0.05
+
+
+def test_hard_digits_are_ten_fixed_views_of_each_picture():
+    task = images.digits_hard(None)
+    assert len(task.test) == 10 * 500 and len(task.valid) == 10 * 200 and task.test.draws == 10
+    assert (task.test.y.view(500, 10) == task.test.y.view(500, 10)[:, :1]).all()
+    views = task.test.x.view(500, 10, 64)
+    assert not torch.equal(views[:, 0], views[:, 1])
+    images.digits_hard.cache_clear()
+    assert torch.equal(images.digits_hard(None).test.x, task.test.x)

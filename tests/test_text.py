@@ -428,3 +428,18 @@ def test_a_text_trains_by_every_recipes_flags(tmp_path, flags):
     part = Split(run.task.test.x[:2, :32], run.task.test.y[:2, :32])
     (row,) = infer.evaluate(run, {"cdeq": infer.counted(*run.students[""])}, part, (2,))["cdeq"]
     assert 1 < row["value"] < 10 * len(run.task.classes)
+
+
+def test_the_embedded_text_does_not_test_what_it_trains():
+    """At most one in twenty of the 10-grams of either held-out split stands in the train split."""
+    known, texts = text.read_docstrings()
+    train, *rest = (text.encode(texts[part], known, part) for part in text.PARTS)
+    assert all(text.overlap(ids, train) <= 0.05 for ids in rest)
+    assert min(map(len, rest)) > 20_000 and len(train) > 150_000
+
+
+def test_overlap_is_the_share_of_common_ngrams():
+    ids = torch.arange(50)
+    assert text.overlap(ids, ids) == 1 and text.overlap(ids, ids + 50) == 0
+    assert text.overlap(ids, ids[:30]) == 21 / 41  # 21 of the 41 ten-grams
+    assert text.overlap(ids[:5], ids) == 0
