@@ -43,7 +43,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # (--trajectory 0): the teacher's early states are small as z_0, the student's own are not, and no
 # W serves both at the same t.
 SMALL = dict(
-    batch=WORLD, cache_gb=8.0, augment=False, save_every=200,
+    batch=WORLD, cache_gb=8.0, augment=False, save_every=200, phantom=8,
     teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
     student_steps=400, student_lr=2e-3, rollout_max=8,
     own_injection=True, first=True, rollout_every=True, trajectory=0.0,

@@ -267,7 +267,7 @@ def folder(data: Path, segment: int = 64, memory: int = 64) -> Task:
 
 def embedded(data: Path, segment: int = 32, memory: int = 32) -> Task:
     """The embedded text; `data` is not used."""
-    defaults = LITTLE | dict(teacher_steps=1500, student_steps=700, first=True, explicit_steps=1500)
+    defaults = LITTLE | dict(teacher_steps=3000, student_steps=600, first=True, explicit_steps=3000)
     known, texts = read_docstrings()
     ids = [encode(texts[part], known, "docstrings") for part in PARTS]
     names = ("transformer-tiny",)
