@@ -75,21 +75,16 @@ GRID = {
 LONGER = "teacher-longer"
 # Students beside the default one in a task's own table.
 BESIDE = {"paper": ["--recipe", "paper"]}
-BESIDE_TEXT = {
-    "no-task": ["--lam2", "0"],
-    "every": ["--rollout_every", "--lam2", "0.1", "--student_steps", "800"],
-}
 # What the files of results/ are called, and the numbers of the paper that are in them.
 TABLES = {1: "", 2: "", 3: "", 4: "grid", 5: ""}
 FIGURES = {2: "", 3: "aa"}
 
 
-def students(task: str, part: str) -> dict[str, list[str]]:
+def students(part: str) -> dict[str, list[str]]:
     """The students of a part of the results, by name, with their flags for train.py."""
     if part == "grid":
         return GRID
-    beside = BESIDE | (BESIDE_TEXT if task in text.TASKS else {})
-    return {"": []} | {"": beside, "peers": beside, "aa": AA, "ablation": ABLATIONS}[part]
+    return {"": []} | {"": BESIDE, "peers": BESIDE, "aa": AA, "ablation": ABLATIONS}[part]
 
 
 def methods(run: Run, peers: bool = False) -> dict[str, Method]:
@@ -558,7 +553,7 @@ def main(argv: list[str]) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     for part in parts:
         result = table_over_seeds(
-            args.task, args.seeds, students(args.task, part), args.flags, args.finished,
+            args.task, args.seeds, students(part), args.flags, args.finished,
             peers=part == "peers", whole=part in ("", "peers"),
         )  # fmt: skip
         if result:  # the first process writes

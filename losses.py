@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from anderson import anderson
 from models import Equilibrium
 from models.learned_solver import LearnedSolver
 from student import Student
@@ -172,30 +171,29 @@ class LearnedSolverLoss(nn.Module):
 
 
 class TeacherLoss(nn.Module):
-    """The DEQ's own training loss: some steps of Anderson acceleration without gradient, then a few
-    layers of f with it.
+    """The DEQ's own training loss: a few layers of f with gradient, after some without.
 
-    Solved before: the layers are a phantom gradient at the equilibrium (Geng et al., 2021; with one
-    layer Jacobian-free, Fung et al., 2022). Not solved before: they are an unrolled network. Either
-    way ordinary autograd, the same under DDP, its memory independent of the solver's steps.
+    Far from z_0 the layers are a phantom gradient at the equilibrium (Geng et al., 2021; a single
+    one is Jacobian-free, Fung et al., 2022); at z_0 they are an unrolled network. Either way it is
+    ordinary autograd, the same under DDP, its memory independent of the steps before.
     """
 
-    def __init__(self, net: Equilibrium, **solver):
+    def __init__(self, net: Equilibrium):
         super().__init__()
-        self.net, self.solver = net, solver
+        self.net = net
 
     def forward(
         self, x: Tensor, y: Tensor, steps: int, layers: int, probe: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """steps: of the solver, from z_0; layers: of f after them; probe (B, state...): direction
-        of the Jacobian estimate, or None for no estimate."""
+        """steps: of Picard's iteration, from z_0; layers: of f after them; probe (B, state...):
+        direction of the Jacobian estimate, or None for no estimate."""
         net = self.net
         net.redraw()
         u = net.inject(x)
         z, terms = net.initial(u), {}
-        if steps:
-            options = dict(last=True, sample_dims=net.sample_dims, **self.solver)
-            z = anderson(lambda z: net.f(z, u), z, steps, **options)
+        with torch.no_grad(), parametrize.cached():  # weights without gradient, not kept for below
+            for _ in range(steps):
+                z = net.f(z, u)
         with parametrize.cached():
             if probe is not None:  # |v^T J|^2 / n estimates |J|_F^2 / n (Bai et al., 2021b)
                 z_in = z.requires_grad_(True)

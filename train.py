@@ -275,14 +275,7 @@ def fit_network(run: Trainer, stage: str, path: Path, net: Equilibrium, steps: i
     config, state = run.config, state_shape(run, net)
     if config.compile:
         net.cell.compile()
-    solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
-    module = TeacherLoss(net, **solver)
-    if stage == "teacher":
-        numbers = run.part // run.world * state.numel()
-        run.say(
-            f"Anderson acceleration: {2 * config.m + 2} states (2 m + 2) x {numbers:,} numbers x "
-            f"4 bytes = {(2 * config.m + 2) * numbers * 4e-9:.3g} GB per process"
-        )
+    module = TeacherLoss(net)
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
         return terms["task"] + config.jac_weight * terms.get("jacobian", 0.0)
@@ -293,18 +286,18 @@ def fit_network(run: Trainer, stage: str, path: Path, net: Equilibrium, steps: i
 
 
 def depth(config: Config, step: int) -> tuple[int, int]:
-    """Solver steps before the gradient, and layers with it, in the teacher's update `step`.
+    """Steps before the gradient, and layers with it, in the teacher's update `step`.
 
-    The solver makes 0 to --solver_steps, drawn anew each time: what follows learns to go on from
-    z_0 as well as from the equilibrium, and from anywhere between. In the first --unrolled updates
-    there is no solver, and of layers 1, then 2, then 4, up to --phantom, in equal shares: one layer
-    learns fastest what all depths share.
+    There are 0 to --before steps, drawn anew each time: the layers learn to go on from z_0 as well
+    as from the equilibrium, and from anywhere between. In the first --growing updates there is no
+    step, and of layers 1, then 2, then 4, up to --layers, in equal shares: one layer learns fastest
+    what all depths share.
     """
-    first, doublings = config.unrolled * config.teacher_steps, math.ceil(math.log2(config.phantom))
+    first, doublings = config.growing * config.teacher_steps, math.ceil(math.log2(config.layers))
     if step >= first:
         generator = torch.Generator().manual_seed(config.seed * 10**9 + step)
-        return int(torch.randint(config.solver_steps + 1, (), generator=generator)), config.phantom
-    return 0, min(config.phantom, 2 ** int(step / first * (doublings + 1)))
+        return int(torch.randint(config.before + 1, (), generator=generator)), config.layers
+    return 0, min(config.layers, 2 ** int(step / first * (doublings + 1)))
 
 
 def teacher_parts(run: Trainer, stage: str, state: torch.Size, parts: range) -> Iterator[tuple]:

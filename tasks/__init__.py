@@ -66,8 +66,8 @@ class Task:
     validation split that it and the tables' equal NFE are chosen on, 0 for all. explicit(settings):
     the reference network of finite depth that they ask for; references: those that the tables have;
     learned: the learned solvers that they have; unmeasured: those whose rows stay empty; rivals:
-    presets whose solvers have rows of their own. said(): what is to be known of the data before
-    training.
+    other teachers with rows of their own, presets or the first one with its student's updates
+    added. said(): what is to be known of the data before training.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Task:
     references: tuple[str, ...] = ()
     learned: tuple[str, ...] = ("hyperdeq",)
     unmeasured: tuple[str, ...] = ()
-    rivals: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ("teacher-longer",)
     said: Callable[[], str] = str
 
     def to_choose(self) -> Split:

@@ -43,13 +43,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # (--trajectory 0): the teacher's early states are small as z_0, the student's own are not, and no
 # W serves both at the same t.
 SMALL = dict(
-    batch=WORLD, cache_gb=8.0, augment=False, save_every=200, phantom=8,
+    batch=WORLD, cache_gb=8.0, augment=False, save_every=200, layers=8, before=16,
     teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
     student_steps=400, student_lr=2e-3, rollout_max=8,
     own_injection=True, first=True, rollout_every=True, trajectory=0.0,
 )  # fmt: skip
 LARGE = SMALL | dict(
-    batch=WORLD, save_every=20, dropout=0.2, solver_steps=10,
+    batch=WORLD, save_every=20, dropout=0.2, layers=4,
     teacher_steps=100, teacher_lr=1e-2, explicit_steps=100,
     student_steps=200, student_lr=4e-3, lam2=1.0, rollout_max=4,
 )  # fmt: skip
@@ -152,7 +152,7 @@ def node_task(
         references=references,
         learned=("hyperdeq", "ignn-solver"),
         unmeasured=tuple(name for name in (*EXPLICIT, "gpm") if name not in references),
-        rivals=("eignn", "mignn"),
+        rivals=("eignn", "mignn", "teacher-longer"),
     )
 
 

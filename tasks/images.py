@@ -163,6 +163,8 @@ def photographs(
         defaults=defaults,
         explicit=functools.partial(vision, classes=len(classes)),
         references=REFERENCES,
+        directs=(1, 2),
+        rivals=(),
         **more,
     )
 
@@ -171,7 +173,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
     """The schedule of the reference, half of it unrolled, at eight GPUs' batch."""
     defaults = dict(
         batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
-        teacher_steps=250_000, unrolled=0.5, solver_steps=18, K=26, student_steps=100_000,
+        teacher_steps=250_000, growing=0.5, before=18, K=26, student_steps=100_000,
         cache_dtype="bf16", chunk=64, save_every=1000, log_every=100, explicit_steps=250_000,
         **PHOTOGRAPHS,
     )  # fmt: skip
@@ -181,7 +183,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
 def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> Task:
     """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
     defaults = dict(
-        batch=64, teacher_steps=2500, teacher_lr=2e-3, solver_steps=6, phantom=3,
+        batch=64, teacher_steps=2500, teacher_lr=2e-3, before=6, layers=3,
         store="rolling", student_steps=1000, explicit_steps=2500, explicit_lr=1e-3,
         explicit_decay=0.05, save_every=100, log_every=50, **PHOTOGRAPHS,
     )  # fmt: skip

@@ -224,17 +224,15 @@ def text_task(
         choice=4,  # streams: an eighth of the words
         decays=(0.5, 0.8, 0.95),
         explicit=functools.partial(language, words=len(known), segment=segment, memory=memory),
-        references=("transformer-xl", "tcn"),
-        unmeasured=("gcnn", "awd-qrnn"),
-        **more,
+        **dict(references=("transformer-xl", "tcn"), unmeasured=("gcnn", "awd-qrnn")) | more,
     )
 
 
 # An hour or two of two CPU cores; one of them for a student.
 LITTLE = dict(
-    batch=16, teacher_steps=3000, teacher_lr=3e-3, teacher_decay=0.05, unrolled=0.7,
-    solver_steps=6, phantom=2, student_steps=1000, student_lr=1e-3,
-    store="rolling", cache_gb=1.0, chunk=16, explicit_steps=3000, explicit_lr=3e-3,
+    batch=16, teacher_steps=6000, teacher_lr=3e-3, teacher_decay=0.05, growing=0.7,
+    before=6, layers=2, student_steps=1000, student_lr=1e-3,
+    store="rolling", cache_gb=1.0, chunk=16, explicit_steps=6000, explicit_lr=3e-3,
     explicit_decay=0.05, save_every=100, log_every=50,
 )  # fmt: skip
 
@@ -243,7 +241,7 @@ def wikitext103(data: Path, segment: int = 150, memory: int = 150) -> Task:
     """The schedule of the reference: a tenth of it unrolled, two layers deep."""
     defaults = dict(
         batch=56, teacher_steps=300_000, teacher_lr=2.5e-4, teacher_decay=0.0, clip=0.25,
-        unrolled=0.1, solver_steps=24, phantom=3, K=38, student_steps=50_000, student_lr=1e-4,
+        growing=0.1, before=24, layers=3, K=38, student_steps=50_000, student_lr=1e-4,
         cache_dtype="bf16", chunk=8, cache_gb=16.0, dtype="bf16",
         explicit_steps=300_000, explicit_lr=2.5e-4,
         save_every=1000, log_every=100,
@@ -270,8 +268,8 @@ def embedded(data: Path, segment: int = 32, memory: int = 32) -> Task:
     defaults = LITTLE | dict(teacher_steps=3000, student_steps=600, first=True, explicit_steps=3000)
     known, texts = read_docstrings()
     ids = [encode(texts[part], known, "docstrings") for part in PARTS]
-    names = ("transformer-tiny",)
-    return text_task("docstrings", known, ids, segment, memory, presets=names, defaults=defaults)
+    more = dict(presets=("transformer-tiny",), defaults=defaults, references=(), unmeasured=())
+    return text_task("docstrings", known, ids, segment, memory, **more)
 
 
 def where(data: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ from student import Student
 ROOT = Path(__file__).parents[1]
 THREADS = min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))
 # A whole run in a second or two: every stage, every file, no quality.
-TINY = ["--teacher_steps=6", "--student_steps=6", "--batch=16", "--K=5", "--solver_steps=3"]
+TINY = ["--teacher_steps=6", "--student_steps=6", "--batch=16", "--K=5", "--before=3"]
 TINY += ["--save_every=2", "--log_every=2", "--chunk=400", "--device=cpu"]
 
 

@@ -18,7 +18,7 @@ from .conftest import command
 
 N, P, D = 12, 4, 3
 TINY = ["--task=digits-graph", "--teacher_steps=4", "--student_steps=4", "--K=5", "--device=cpu"]
-TINY += ["--solver_steps=3", "--save_every=2"]
+TINY += ["--before=3", "--save_every=2"]
 
 
 def random_graph(norm="sym", n=N, edges=30, seed=0):

@@ -245,8 +245,8 @@ def tree(tmp_path_factory):
     return root
 
 
-TINY = ["--teacher_steps=3", "--unrolled=0.3", "--student_steps=2", "--batch=4", "--K=4"]
-TINY += ["--solver_steps=2", "--image_size=32", "--workers=0", "--device=cpu", "--chunk=4"]
+TINY = ["--teacher_steps=3", "--growing=0.3", "--student_steps=2", "--batch=4", "--K=4"]
+TINY += ["--before=2", "--image_size=32", "--workers=0", "--device=cpu", "--chunk=4"]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path):
     weights = []
     for parts in (1, 2):
         out = tmp_path / str(parts)
-        flags = ["--teacher_steps=3", "--solver_steps=3", "--batch=16", "--optimizer=sgd"]
+        flags = ["--teacher_steps=3", "--before=3", "--batch=16", "--optimizer=sgd"]
         train.main(["--stage=teacher", f"--out={out}", f"--accumulate={parts}", *flags])
         weights.append(load(out / "teacher.pt", "teacher")["model"])
     for name in weights[0]:

@@ -244,7 +244,7 @@ def test_phantom_gradient_is_the_implicit_gradient_in_the_limit():
     dz*/dA = (I - J)^{-1} df/dA, here against the dense inverse."""
     net = TanhNet().double()
     x, y = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
-    loss = TeacherLoss(net, m=6)(x, y, steps=80, layers=60)["task"]
+    loss = TeacherLoss(net)(x, y, steps=80, layers=60)["task"]
     (phantom,) = torch.autograd.grad(loss, net.cell.A)
     z = anderson(lambda z: net.f(z, x), torch.zeros_like(x), 80, last=True).requires_grad_(True)
     (dz,) = torch.autograd.grad(net.nll(z, y).mean(), z)

@@ -25,8 +25,8 @@ from .conftest import command
 # A network of the reference's kind: width, heads, inner width, words, cutoffs.
 D, HEADS, INNER, WORDS, CUTS = 32, 4, 48, 60, (20, 30, 45)
 SMALL = dict(words=WORDS, d=D, heads=HEADS, inner=INNER, cutoffs=CUTS, segment=5, memory=5)
-TINY = ["--task=docstrings", "--teacher_steps=6", "--unrolled=0.5", "--student_steps=6"]
-TINY += ["--batch=8", "--K=4", "--solver_steps=3", "--segment=16", "--memory=16"]
+TINY = ["--task=docstrings", "--teacher_steps=6", "--growing=0.5", "--student_steps=6"]
+TINY += ["--batch=8", "--K=4", "--before=3", "--segment=16", "--memory=16"]
 TINY += ["--explicit_steps=4", "--cache_gb=0.02", "--device=cpu"]
 
 
