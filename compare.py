@@ -4,6 +4,7 @@ r"""Side by side: every method at equal NFE, over seeds, with time and memory; a
     python compare.py --task docstrings --seeds 0 --tables 4    loss weights -> docstrings-grid.json
     python compare.py --task digits --figures 3            Anderson step -> digits-aa.json
     python compare.py --task digits --ablation             our recipe  -> digits-ablation.json
+    python compare.py --task digits-hard --teachers        how they are trained -> -teachers.json
     python compare.py --task digits --peers                torchdeq's  -> digits-peers.json
     torchrun --nproc_per_node=2 compare.py --task wikitext2 --seeds 0 --finished    by two processes
 
@@ -38,6 +39,7 @@ import runs
 from anderson import Counter, Map, anderson, picard
 from checkpoint import UsageError, plain_errors, provenance, versions
 from config import TASKS, command_line, open_task, parse
+from fpode import contraction
 from infer import Method
 from intervals import difference
 from models import Equilibrium
@@ -71,8 +73,15 @@ AA = {
 GRID = {
     f"lam1-{lam1}-lam2-{lam2}": ["--lam1", lam1, "--lam2", lam2] for lam1 in LAM1 for lam2 in LAM2
 }
-# The teacher that has its student's updates, too.
+# The teacher that has its student's updates, too; and teachers with an ingredient changed.
 LONGER = "teacher-longer"
+TEACHERS = {
+    "teacher-one-layer": ["--layers", "1"],
+    "teacher-from-z0": ["--before", "0"],
+    "teacher-growing": ["--growing", "0.7"],
+    "teacher-not-growing": ["--growing", "0"],
+    "teacher-jacobian": ["--jac_weight", "0.2"],
+}
 # Students beside the default one in a task's own table.
 BESIDE = {"paper": ["--recipe", "paper"]}
 # What the files of results/ are called, and the numbers of the paper that are in them.
@@ -84,6 +93,8 @@ def students(part: str) -> dict[str, list[str]]:
     """The students of a part of the results, by name, with their flags for train.py."""
     if part == "grid":
         return GRID
+    if part == "teachers":
+        return {}
     return {"": []} | {"": BESIDE, "peers": BESIDE, "aa": AA, "ablation": ABLATIONS}[part]
 
 
@@ -350,6 +361,7 @@ def report(run: Run, split: str = "test", batch: int = 128, peers: bool = False)
         "teacher": {
             **points[end],
             "valid": valid["value"],
+            "contraction": contraction_of(run),
             "params": parameters(run, "anderson"),
         },
         "memory": memories(run, table, split, batch),
@@ -420,7 +432,7 @@ def merge(reports: list[dict]) -> dict:
 
 def mean(rows: list[dict]) -> dict:
     """The means of rows of several seeds, and the metric's spread over them."""
-    metrics = ("value", "valid", "top5", "nll", "residual", "distance")
+    metrics = ("value", "valid", "top5", "nll", "residual", "distance", "contraction")
     numbers = (*metrics, "seconds_per_batch", "peak_memory_bytes")
     known = [key for key in numbers if rows[0].get(key) is not None]
     means = {key: statistics.fmean(r[key] for r in rows) for key in known}
@@ -449,18 +461,21 @@ def train(*flags: str) -> None:
 
 def table_over_seeds(
     task: str, seeds: list[int], variants: dict[str, list[str]], extra: list[str],
-    finished: bool = False, peers: bool = False, whole: bool = True,
+    finished: bool = False, part: str = "",
 ) -> dict:  # fmt: skip
     """Trains what is missing and reports the named students of every seed in one table; with
     `finished` nothing is trained, and what is missing is said and has no part in the means.
 
-    If `whole`, a task's references (explicit networks), learned solvers and rivals (teachers solved
-    beside the first one, under the names "picard (eignn)", ...) have rows too. peers: see methods.
+    In a task's own table its references (explicit networks), direct networks, learned solvers and
+    rivals (teachers beside the first one, solved under the names "picard (eignn)", ...) have rows
+    too; in the part "peers" torchdeq's solvers, in "teachers" those of TEACHERS.
     """
-    kind = open_task({"task": task, "data": data_folder(extra)})
+    kind, whole = open_task({"task": task, "data": data_folder(extra)}), part in ("", "peers")
     if not whole:
         none = dict.fromkeys(("directs", "references", "learned", "rivals", "unmeasured"), ())
         kind = dataclasses.replace(kind, **none)
+    if part == "teachers":
+        kind = dataclasses.replace(kind, rivals=tuple(TEACHERS))
     reports = []
     for seed in seeds:
         folder = Path(f"runs/{task}-seed{seed}")
@@ -472,14 +487,14 @@ def table_over_seeds(
         run = runs.open_run(folder)
         missing = {*variants} - {*run.students}
         run.students = {name: run.students[name] for name in variants if name in run.students}
-        parts = {"explicit": kind.references, "learned": kind.learned, "direct": kind.directs}
-        for part, wanted in parts.items():
-            there = {name: net for name, net in getattr(run, part).items() if whole}
-            setattr(run, part, there)
-            missing |= {f"{part} {name}" for name in {*wanted} - {*there}}
+        others = {"explicit": kind.references, "learned": kind.learned, "direct": kind.directs}
+        for kinds, wanted in others.items():
+            there = {name: net for name, net in getattr(run, kinds).items() if whole}
+            setattr(run, kinds, there)
+            missing |= {f"{kinds} {name}" for name in {*wanted} - {*there}}
         for name in sorted(missing):
             print(f"{folder}: {name or 'the student'} is not finished", file=sys.stderr)
-        result = report(run, peers=peers)
+        result = report(run, peers=part == "peers")
         for rival, other in rivals.items():
             try:
                 opened = runs.open_run(other)
@@ -492,13 +507,25 @@ def table_over_seeds(
 
 
 def rival_rows(run: Run, name: str, split: str, batch: int = 128) -> list[dict]:
-    """The rows of another teacher: of one that was trained longer, its equilibrium alone."""
-    if name != LONGER:
+    """The rows of another teacher: of the same network trained otherwise, its equilibrium alone."""
+    if name != LONGER and name not in TEACHERS:
         rows, _, _ = measured(run, methods(run), split, batch)
         return [{**row, "method": f"{row['method']} ({name})"} for row in rows]
     table, K = {"anderson": methods(run)["anderson"]}, run.config["K"]
     (row,) = infer.evaluate(run, table, getattr(run.task, split), (K,), batch)["anderson"]
-    return [{"method": LONGER, **row, "params": parameters(run, "anderson")}]
+    more = {"params": parameters(run, "anderson"), "contraction": contraction_of(run)}
+    return [{"method": name, **row, **more}]
+
+
+@torch.no_grad()
+def contraction_of(run: Run, batch: int = 128) -> float:
+    """The error factor per Anderson step of a teacher, measured on a batch to validate."""
+    net, split = run.teacher, run.task.valid
+    x, y = split.batch(torch.arange(min(batch, len(split))))
+    u = net.inject(next(net.segments(x.to(run.device), y))[0])
+    options = dict(sample_dims=net.sample_dims, **run.solver())
+    states = anderson(lambda z: net.f(z, u), net.initial(u), run.config["K"], **options)
+    return contraction(states, net.sample_dims)
 
 
 def train_seed(
@@ -506,10 +533,10 @@ def train_seed(
 ) -> None:
     """Every run that one seed's part of a table needs, by train.py's own command."""
     here = [*base, "--out", str(folder)]
+    train(*here, "--stage", "teacher")
     for name, flags in variants.items():
         named = ["--name", name] if name not in ("", "paper") else []
-        for stage in ("teacher", "student"):
-            train(*here, "--stage", stage, *flags, *named)
+        train(*here, "--stage", "student", *flags, *named)
     for J in kind.directs:
         train(*here, "--stage", "direct", "--direct", str(J))
     for name in kind.references:
@@ -517,7 +544,9 @@ def train_seed(
     for name in kind.learned:
         train(*here, "--stage", name)
     for rival, other in rivals.items():
-        flags = ["--preset", rival] if rival != LONGER else ["--teacher_steps", str(longer(base))]
+        flags = TEACHERS.get(rival, ["--preset", rival])
+        if rival == LONGER:
+            flags = ["--teacher_steps", str(longer(base))]
         train(*base, *flags, "--stage", "teacher", "--out", str(other))
 
 
@@ -541,6 +570,7 @@ def main(argv: list[str]) -> None:
         "images, 3 of a graph, 4 loss weights, 5 memory by NFE")  # fmt: skip
     add("--figures", type=int, nargs="+", default=[], help="2: residual by NFE; 3: Anderson step")
     add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
+    add("--teachers", action="store_true", help="teachers with an ingredient changed")
     add("--finished", action="store_true", help="train nothing, report what is there")
     add("--peers", action="store_true", help="torchdeq's solvers beside all others")
     add("--results", type=Path, default=Path("results"), help="where to write")
@@ -553,9 +583,8 @@ def main(argv: list[str]) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     for part in parts:
         result = table_over_seeds(
-            args.task, args.seeds, students(part), args.flags, args.finished,
-            peers=part == "peers", whole=part in ("", "peers"),
-        )  # fmt: skip
+            args.task, args.seeds, students(part), args.flags, args.finished, part
+        )
         if result:  # the first process writes
             stem = args.results / (f"{args.task}-{part}" if part else args.task)
             print(write(result, stem))
@@ -577,7 +606,7 @@ def wanted_parts(args) -> list[str]:
     parts = [TABLES[n] for n in args.tables] + [FIGURES[n] for n in args.figures]
     if args.peers and importlib.util.find_spec("torchdeq") is None:
         raise UsageError('--peers: torchdeq is missing (pip install ".[peers]")')
-    parts += [part for part in ("ablation", "peers") if getattr(args, part)]
+    parts += [part for part in ("ablation", "peers", "teachers") if getattr(args, part)]
     return list(dict.fromkeys(parts)) or [""]
 
 

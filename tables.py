@@ -51,7 +51,7 @@ def markdown(result: dict) -> str:
     rows = [[*two, *row] for *two, row in zip(names, params, of("peak_memory_bytes"), strict=True)]
     title = "parameters and peak memory of an answer (bytes) by NFE"
     lines += table(title, ["method", "parameters", *map(str, nfes)], rows)
-    lines += equal_lines(result) + memory_lines(result, nfes)
+    lines += teacher_lines(result) + equal_lines(result) + memory_lines(result, nfes)
     return "\n".join(lines + explicit_lines(result) + grid_lines(result)) + "\n"
 
 
@@ -81,6 +81,20 @@ def difference_lines(result: dict, nfes: list[int]) -> list[str]:
                 ["method", *map(str, shown)], body,
             )  # fmt: skip
     return lines
+
+
+def teacher_lines(result: dict) -> list[str]:
+    """The table of teachers of the same network that were trained otherwise."""
+    rows = [row for row in result["rows"] if "contraction" in row]
+    lines = [
+        [row["method"], number(row, "value"), difference, f"{row['contraction']:.2f}"]
+        for row, difference in [
+            ({"method": "teacher", **result["teacher"]}, ""),
+            *((row, verdict(row["vs_teacher"], result)) for row in rows),
+        ]
+    ]
+    head = ["teacher", result["metric"], "less the first one's", "error factor per step"]
+    return table("teachers, converged, by their training", head, lines) if rows else []
 
 
 def verdict(interval: list[float], result: dict) -> str:

@@ -114,7 +114,7 @@ def test_the_papers_tables_and_figures_are_parts_of_the_results(monkeypatch):
     """One table holds several of them; those of other data are refused, and absent peers are."""
 
     def parts(task, tables, figures, peers=False):
-        wanted = dict(tables=tables, figures=figures, ablation=False, peers=peers)
+        wanted = dict(tables=tables, figures=figures, ablation=False, peers=peers, teachers=False)
         return compare.wanted_parts(Namespace(task=task, **wanted))
 
     assert parts("docstrings", [1, 4, 5], [2, 3]) == ["", "grid", "aa"]
