@@ -1,7 +1,9 @@
 """Training: resuming, several processes, the stores, and what bad input says."""
 
+import collections
 import json
 import os
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import train
 from checkpoint import UsageError, load
 from config import parse
 from fpode import TimeMap
+from losses import TeacherLoss
 from models.mdeq import MDEQ
 from student import Student
 
@@ -348,3 +351,46 @@ def test_a_start_trains_at_its_own_rate(tmp_path):
     slow, fast = (group["lr"] for group in saved["optimizer"]["param_groups"])
     assert fast == pytest.approx(10 * slow)
     assert saved["ema"]["start.out.0.weight"].any()
+
+
+def test_a_direct_network_is_cut_off_and_trained_from_z0(tiny_run, tmp_path, monkeypatch):
+    """--stage direct: J layers in every update, as many updates as teacher and student together;
+    one that was begun is finished, one of other updates is refused; its row counts J."""
+    folder, seen, forward = tmp_path / "run", [], TeacherLoss.forward
+
+    def watched(self, x, y, steps, layers, probe=None):
+        seen.append((steps, layers))
+        return forward(self, x, y, steps, layers, probe)
+
+    monkeypatch.setattr(TeacherLoss, "forward", watched)
+    shutil.copytree(tiny_run, folder)
+    flags = [*TINY, f"--out={folder}", "--stage=direct", "--direct=2"]
+    train.main(flags)
+    assert seen == [(0, 2)] * 12
+    train.main(flags)
+    assert len(seen) == 12
+    with pytest.raises(UsageError, match="trained for 12 updates, not 13"):
+        train.main([*flags, "--student_steps=7"])
+
+    run = infer.open_run(folder, device="cpu")
+    assert [*run.direct] == [2]
+    report = compare.merge([compare.report(run, "valid", batch=64)])
+    rows = {(row["method"], row["nfe"]): row for row in report["rows"]}
+    x, y = run.task.valid.batch(torch.arange(200))
+    net = run.direct[2]
+    u = net.inject(x)
+    right = net.head(net.f(net.f(net.initial(u), u), u)).argmax(1) == y
+    assert rows["direct", 2]["value"] == pytest.approx(100 * right.float().mean().item())
+    assert "vs_direct" in rows["cdeq", 2] and "vs_direct" not in rows["cdeq", 1]
+    assert "vs_direct" not in rows["direct", 2] and "vs_teacher" in rows["direct", 2]
+
+
+def test_the_depth_of_a_teachers_update():
+    """A growing share on 1, 2, 4 layers without steps before; then 0 to `before` steps, each number
+    drawn about as often, the same on every rank since nothing but the seed and the step decides."""
+    config, _ = parse(["--growing=0.6", "--layers=4", "--before=3", "--teacher_steps=1000"])
+    depths = [train.depth(config, step) for step in range(1000)]
+    assert depths[:600] == [(0, 1)] * 200 + [(0, 2)] * 200 + [(0, 4)] * 200
+    counts = collections.Counter(depths[600:])
+    assert counts.keys() == {(steps, 4) for steps in range(4)} and min(counts.values()) > 70
+    assert depths == [train.depth(config, step) for step in range(1000)]
