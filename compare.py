@@ -514,6 +514,7 @@ def rival_rows(run: Run, name: str, split: str, batch: int = 128) -> list[dict]:
     table, K = {"anderson": methods(run)["anderson"]}, run.config["K"]
     (row,) = infer.evaluate(run, table, getattr(run.task, split), (K,), batch)["anderson"]
     more = {"params": parameters(run, "anderson"), "contraction": contraction_of(run)}
+    more |= dict.fromkeys(("seconds_per_batch", "peak_memory_bytes"))
     return [{"method": name, **row, **more}]
 
 

@@ -204,9 +204,10 @@ def figure(result: dict, path: Path) -> None:
         rows = [row for row in implicit if row["method"] == method]
         style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
         for axis, key in ((left, "value"), (right, "residual")):
-            shown = [r for r in rows if r[key] < HUGE]
+            shown = [r for r in rows if r.get(key, HUGE) < HUGE]
             axis.plot([r["nfe"] for r in shown], [r[key] for r in shown], label=method, **style)
-        pareto.plot([r["seconds_per_batch"] for r in rows], [r["value"] for r in rows], **style)
+        timed = [r for r in rows if r["seconds_per_batch"]]
+        pareto.plot([r["seconds_per_batch"] for r in timed], [r["value"] for r in timed], **style)
     converged = result["teacher"]["value"]
     left.axhline(converged, color="gray", linewidth=1, label="teacher, converged")
     left.set(ylabel=f"{result['split']} {result['metric']}")

@@ -38,6 +38,7 @@ MADE = {
     "--tables 1 4 5": ["", "-grid"],
     "--figures 2 3": ["", "-aa"],
     "--ablation": ["-ablation"],
+    "--teachers": ["-teachers"],
     "--peers": ["-peers"],
 }
 
@@ -120,7 +121,7 @@ def small_tasks(patch) -> None:
     for name in ("cora", "ogbn-arxiv", "ogbn-products"):
         patch.setitem(config.TASKS, name, graph(name))
     patch.setitem(config.TASKS, "docstrings", words)
-    for name in ("digits", "cifar10"):
+    for name in ("digits", "digits-hard", "cifar10"):
         patch.setitem(config.TASKS, name, lambda data, n=name: dataclasses.replace(images, name=n))
 
 
@@ -139,7 +140,7 @@ def small_networks(patch) -> None:
 
 def short_measurements(patch) -> None:
     """Two students of each kind, one round of times, small inputs."""
-    for name in ("GRID", "ABLATIONS"):
+    for name in ("GRID", "ABLATIONS", "TEACHERS"):
         patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
     rounds, overhead, scaling = compare.interleaved, speed.solver_overhead, speed.graph_scaling
     for module in (compare, speed):

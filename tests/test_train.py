@@ -13,6 +13,7 @@ import torch
 
 import compare
 import infer
+import tables
 import train
 from checkpoint import UsageError, load
 from config import parse
@@ -375,6 +376,7 @@ def test_a_direct_network_is_cut_off_and_trained_from_z0(tiny_run, tmp_path, mon
     run = infer.open_run(folder, device="cpu")
     assert [*run.direct] == [2]
     report = compare.merge([compare.report(run, "valid", batch=64)])
+    assert "| direct |  | " in tables.write(report, tmp_path / "table")
     rows = {(row["method"], row["nfe"]): row for row in report["rows"]}
     x, y = run.task.valid.batch(torch.arange(200))
     net = run.direct[2]
