@@ -195,36 +195,39 @@ def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
     net, task = run.teacher, run.task
     batch_of = task.test.batch(torch.arange(min(batch, len(task.test))))
     x, y = (v.to(run.device) for v in batch_of)
-    first, (last, told) = (lambda parts: (parts[0], parts[-1]))([*part_two(net, x, y)])
-    memories = {
-        net: net.remember(u := net.inject(first[0]), net.initial(u)) if net.memory else None
-        for net in (net, *run.direct.values())
-    }
+    parts = [*two_parts(net, x, y)]
+    (first, _), (last, told) = parts[0], parts[-1]
 
-    def answer(net: Equilibrium, method: Method, nfe: int, u=None) -> Tensor:
-        u = method.inject(last, memories[net]) if u is None else u
+    def past(net: Equilibrium):
+        """What the network remembers of the part before."""
+        u = net.inject(first)
+        return net.remember(u, net.initial(u)) if net.memory else None
+
+    def answer(net: Equilibrium, method: Method, nfe: int, memory, u=None) -> Tensor:
+        u = method.inject(last, memory) if u is None else u
         z = method.solve(net.initial(u), u, nfe, last=True)
         return net.head(z) if task.score else net.nll(z, told)
 
-    networks = {key: (net, table[key[0]], key[1]) for key in sorted(wanted)}
+    memory = past(net)
+    jobs = {key: (net, table[key[0]], key[1], memory) for key in sorted(wanted)}
     for J, direct in run.direct.items():
-        networks["direct", J] = direct, solved_by(direct, picard_of(direct)), J
-    alone = {("injection", None): lambda: net.inject(last, memories[net])}
+        jobs["direct", J] = direct, solved_by(direct, picard_of(direct)), J, past(direct)
+    alone = {("injection", None): partial(net.inject, last, memory)}
     for name, explicit in run.explicit.items():
-        *_, inputs = part_two(explicit, x, y)
-        alone[name, None] = lambda e=explicit, i=inputs: e(i[0]) if task.score else e.nll(*i)
-    given = {
-        (net, method): method.inject(last, memories[net]) for net, method, _ in networks.values()
-    }
-    timed = {key: partial(answer, *of, given[of[0], of[1]]) for key, of in networks.items()} | alone
-    spent = interleaved(timed, 5, run.device, patience=60)
+        *_, inputs = two_parts(explicit, x, y)
+        alone[name, None] = partial(explicit, inputs[0])
+        if not task.score:
+            alone[name, None] = partial(explicit.nll, *inputs)
+    given = {job[1]: job[1].inject(last, job[3]) for job in jobs.values()}
+    timed = {key: partial(answer, *job, given[job[1]]) for key, job in jobs.items()}
+    spent = interleaved(timed | alone, 5, run.device, patience=60)
     seconds = {key: statistics.median(values) for key, values in spent.items()}
     timed.clear(), given.clear()  # gigabytes on a graph
-    whole = {key: partial(answer, *of) for key, of in networks.items()} | alone
+    whole = {key: partial(answer, *job) for key, job in jobs.items()} | alone
     return {key: (seconds[key], peak_memory(whole[key], run.device)) for key in whole}
 
 
-def part_two(network, x: Tensor, y: Tensor):
+def two_parts(network, x: Tensor, y: Tensor):
     """The first two parts of inputs and labels, or the one that there is."""
     return itertools.islice(network.segments(x, y), 2)
 
