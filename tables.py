@@ -86,15 +86,17 @@ def difference_lines(result: dict, nfes: list[int]) -> list[str]:
 def teacher_lines(result: dict) -> list[str]:
     """The table of teachers of the same network that were trained otherwise."""
     rows = [row for row in result["rows"] if "contraction" in row]
+    if not rows:
+        return []
     lines = [
-        [row["method"], number(row, "value"), difference, f"{row['contraction']:.2f}"]
-        for row, difference in [
+        [row["method"], number(row, "value"), told, f"{row['contraction']:.2f}"]
+        for row, told in [
             ({"method": "teacher", **result["teacher"]}, ""),
             *((row, verdict(row["vs_teacher"], result)) for row in rows),
         ]
     ]
     head = ["teacher", result["metric"], "less the first one's", "error factor per step"]
-    return table("teachers, converged, by their training", head, lines) if rows else []
+    return table("teachers, converged, by their training", head, lines)
 
 
 def verdict(interval: list[float], result: dict) -> str:

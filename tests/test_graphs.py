@@ -1,5 +1,10 @@
 """Implicit graph networks: their equilibria, their parametrisations, their data."""
 
+import collections
+import os
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -309,6 +314,46 @@ def test_a_download_without_a_network_says_which_files_go_where(tmp_path, monkey
     for task, file in (("ogbn-products", "node-feat.csv.gz"), ("citeseer", "ind.citeseer.graph")):
         with pytest.raises(UsageError, match=f"cannot be downloaded.*{file}"):
             graphs.TASKS[task](tmp_path)
+
+
+def planetoid_files(raw: Path, hostile: str = "", N: int = 520) -> None:
+    """A ring of N nodes in Planetoid's layout, the last ten to test; `hostile` names a file that
+    makes a folder where it is unpickled."""
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    class Call:
+        def __reduce__(self):
+            return os.mkdir, (str(raw / "executed"),)
+
+    raw.mkdir(parents=True)
+    x, y = np.ones((N, 6), dtype=np.float32), np.eye(2, dtype=np.int32)[np.arange(N) % 2]
+    contents = {"x": csr_matrix(x[:4]), "allx": csr_matrix(x[:-10]), "tx": csr_matrix(x[-10:])}
+    contents |= {"y": y[:4], "ally": y[:-10], "ty": y[-10:]}
+    contents["graph"] = collections.defaultdict(list, {i: [(i + 1) % N] for i in range(N)})
+    for part, content in contents.items():
+        file = raw / f"ind.cora.{part}"
+        file.write_bytes(pickle.dumps([content, Call()] if part == hostile else content, 2))
+    (raw / "ind.cora.test.index").write_text("\n".join(map(str, range(N - 10, N))))
+
+
+def test_planetoid_files_are_read(tmp_path):
+    planetoid_files(tmp_path / "planetoid/Cora/raw")
+    task = graphs.TASKS["cora"](tmp_path)
+    assert task.train.x.shape == (1, 520, 6) and task.train.x.sum(-1).allclose(torch.ones(520))
+    assert int((task.train.y >= 0).sum()) == 312  # .6 of them
+
+
+@pytest.mark.parametrize("part", ["x", "graph", "ty"])
+def test_nothing_in_a_planetoid_file_is_executed(part, tmp_path):
+    raw = tmp_path / "planetoid/Cora/raw"
+    planetoid_files(raw, hostile=part)
+    with pytest.raises(UsageError, match=rf"ind.cora.{part} .*it asks for posix.mkdir"):
+        graphs.TASKS["cora"](tmp_path)
+    assert not (raw / "executed").exists()
+    (raw / f"ind.cora.{part}").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=f"ind.cora.{part} is damaged"):
+        graphs.TASKS["cora"](tmp_path)
 
 
 def test_ogb_files_load_without_running_code(tmp_path):
