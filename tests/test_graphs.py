@@ -327,7 +327,7 @@ def planetoid_files(raw: Path, hostile: str = "", N: int = 520) -> None:
             return os.mkdir, (str(raw / "executed"),)
 
     raw.mkdir(parents=True)
-    x, y = np.ones((N, 6), dtype=np.float32), np.eye(2, dtype=np.int32)[np.arange(N) % 2]
+    x, y = np.eye(6, dtype=np.float32)[np.arange(N) % 6], np.eye(2, dtype=int)[np.arange(N) % 2]
     contents = {"x": csr_matrix(x[:4]), "allx": csr_matrix(x[:-10]), "tx": csr_matrix(x[-10:])}
     contents |= {"y": y[:4], "ally": y[:-10], "ty": y[-10:]}
     contents["graph"] = collections.defaultdict(list, {i: [(i + 1) % N] for i in range(N)})
