@@ -580,6 +580,8 @@ def main(argv: list[str]) -> None:
     add("--results", type=Path, default=Path("results"), help="where to write")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
+    if len({*args.seeds}) < len(args.seeds) or min(args.seeds) < 0:
+        raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: each once, and >= 0")
     parts = wanted_parts(args)
     if "RANK" in os.environ:
         if not args.finished:

@@ -214,6 +214,11 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     for key in ("width", "hidden", "kappa", "dropout", "per_token", "own_memory"):
         if key in given and key not in task.options:
             raise UsageError(f"--{key}: the networks of {name} have no such setting")
+    for key in ("explicit", "pretrained"):
+        if key in given and config.stage != "explicit":
+            raise UsageError(f"--{key}: it is a setting of --stage explicit")
+    if "direct" in given and config.stage != "direct":
+        raise UsageError("--direct: it is a setting of --stage direct")
     if config.preset not in task.presets:
         raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
     return config, task

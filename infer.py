@@ -429,6 +429,8 @@ def main(argv: list[str]) -> None:
         )
     if args.decay:
         run.students = {name: (student, args.decay) for name, (student, _) in run.students.items()}
+    if len(args.nfe) > 1 and (args.files or args.prompt):
+        raise UsageError(f"--nfe {' '.join(map(str, args.nfe))}: --files and --prompt take one")
     check_inputs(run, args)
     split = getattr(run.task, args.split)
     nfe = args.nfe[0] if len(args.nfe) == 1 else 2

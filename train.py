@@ -38,6 +38,7 @@ from config import BOTH, DTYPES, EXPLICIT, LEARNED, LEARNED_SOLVERS, STUDENT, TE
 from fpode import contraction, propose_rho
 from losses import Distillation, LearnedSolverLoss, TeacherLoss, total
 from models import Equilibrium
+from models.explicit import Vision
 from models.learned_solver import start_share
 from student import Student, update_ema
 from tasks import Task, positions
@@ -182,6 +183,8 @@ def train_explicit(run: Trainer) -> None:
         raise UsageError(f"--stage explicit: {task.name} has no explicit networks")
     torch.manual_seed(config.seed)
     net = task.explicit(dataclasses.asdict(config)).to(run.device).train()
+    if config.pretrained and not isinstance(net, Vision):
+        raise UsageError(f"--pretrained: torchvision has no {config.explicit}, for {task.name}")
     path = run.folder / f"explicit-{config.explicit}.pt"
     if finished(path, "explicit", config.explicit_steps):
         run.bind(path, load(path, "explicit")["config"], EXPLICIT)
@@ -340,6 +343,8 @@ def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
                 f"--teacher {file} is no {run.config.preset}: {name} is {[*value.shape]} there, "
                 f"{[*ours[name].shape]} here"
             )
+        if not value.isfinite().all():
+            raise UsageError(f"--teacher {file}: {name} has numbers that are not finite")
     net.load_state_dict(state)
     run.keep("teacher", path, {"model": net}, {"source": str(file)}, run.config.teacher_steps)
     barrier(run)

@@ -36,6 +36,7 @@ from tasks import Split, Task
 END, UNKNOWN = "<eos>", "<unk>"
 PARTS = ("train", "valid", "test")
 STREAMS = 32
+FEWEST = 10  # words of a split
 # Of the standard library, what is no documentation, or is not on every system.
 OMITTED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings"}
 OMITTED |= {"pydoc_data", "tkinter", "site-packages"}
@@ -109,12 +110,12 @@ def read_folder(folder: Path) -> tuple[list[str], list[Tensor]]:
     texts = []
     for file in files:
         try:
-            with open(file, encoding="utf-8") as lines:
+            with open(file, encoding="utf-8-sig") as lines:  # without a byte-order mark
                 texts.append(words(lines))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} cannot be read as UTF-8 text ({error})") from error
-        if len(texts[-1]) < 2:
-            raise UsageError(f"{file} is empty")
+        if (found := len(texts[-1]) - texts[-1].count(END)) < FEWEST:
+            raise UsageError(f"{file} has {found} words; a perplexity needs {FEWEST} at least")
     known = vocabulary(texts[0])
     ids = [encode(t, known, str(file)) for t, file in zip(texts, files, strict=True)]
     arrays = {part: i.numpy().astype(np.int32) for part, i in zip(PARTS, ids, strict=True)}

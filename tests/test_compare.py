@@ -129,3 +129,8 @@ def test_the_papers_tables_and_figures_are_parts_of_the_results(monkeypatch):
             assert parts("digits", [2], [], True) == ["", "peers"]
     assert [*compare.students("aa")] == ["", "no-anderson", "paper", "paper-no-anderson"]
     assert [*compare.students("")] == ["", "paper"] and len(compare.GRID) == 12
+
+
+def test_a_seed_counts_once():
+    with pytest.raises(UsageError, match="--seeds 0 0: each once"):
+        compare.main(["--task", "digits", "--seeds", "0", "0"])

@@ -297,6 +297,12 @@ def test_a_published_teacher_is_taken_over(tmp_path, tree, monkeypatch):
     assert saved["source"] == str(file)
     weight = saved["model"]["injection.0.weight"]
     assert torch.equal(weight, reference_state()["downsample.0.weight"])
+    state = reference_state()
+    state["downsample.0.weight"][0] = torch.nan
+    torch.save(state, file)
+    spoilt = ["--task=imagenette", f"--data={tree}", f"--out={tmp_path / 'b'}", f"--teacher={file}"]
+    with pytest.raises(UsageError, match="weight has numbers that are not finite"):
+        train.main([*spoilt, *TINY])
     with pytest.raises(UsageError, match="has another teacher; choose another --out"):
         train.main(["--task=imagenette", f"--data={tree}", f"--out={out}", "--teacher=b", *TINY])
     again = tmp_path / "again"

@@ -48,8 +48,8 @@ def words(rows: int, length: int, seed=0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "docstrings"
-    for stage in ("teacher", "student", "explicit"):
-        train.main([*TINY, "--out", str(folder), "--stage", stage])
+    for stage in (["teacher"], ["student"], ["explicit", "--explicit", "transformer-xl"]):
+        train.main([*TINY, "--out", str(folder), "--stage", *stage])
     return folder
 
 
@@ -369,8 +369,10 @@ def test_generation_continues_a_prompt(run_folder):
     "contents, says",
     [
         (("a b\n", "a\n", None), "wiki.test.tokens is missing"),
-        (("", "a\n", "b\n"), "wiki.train.tokens is empty"),
-        (("a b c\n", "a\n", "b\n"), "fewer than --memory + --segment = 128"),
+        (("", "a\n", "b\n"), "wiki.train.tokens has 0 words; a perplexity needs 10 at least"),
+        (("a " * 99, "\n\n", "b\n"), "wiki.valid.tokens has 0 words"),
+        (("a " * 99, "a " * 99, "b\n"), "wiki.test.tokens has 1 words"),
+        (("a b c\n" * 5, "a\n" * 10, "b\n" * 10), "fewer than --memory + --segment = 128"),
     ],
 )
 def test_bad_text_is_one_clear_line(tmp_path, contents, says):
@@ -443,3 +445,16 @@ def test_overlap_is_the_share_of_common_ngrams():
     assert text.overlap(ids, ids) == 1 and text.overlap(ids, ids + 50) == 0
     assert text.overlap(ids, ids[:30]) == 21 / 41  # 21 of the 41 ten-grams
     assert text.overlap(ids[:5], ids) == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    make(tmp_path, "\ufeffone two\n" * 9, "one\n" * 10, "two\n" * 10)
+    known, _ = text.read_folder(tmp_path)
+    assert "one" in known and "\ufeffone" in known  # only the first one is a mark
+    assert text.read_folder(tmp_path)[1][0][0] == known.index("one")
+
+
+def test_weights_of_pictures_are_not_for_texts(tmp_path):
+    flags = [*TINY, f"--out={tmp_path}", "--stage=explicit", "--explicit=tcn", "--pretrained"]
+    with pytest.raises(UsageError, match="torchvision has no tcn"):
+        train.main(flags)
