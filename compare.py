@@ -52,13 +52,12 @@ from tasks import Task, graphs, text
 # Each ingredient of the default recipe removed in turn.
 ABLATIONS = {
     "no-start": ["--no-start"],
-    "no-k0": ["--k0", "0"],
-    "no-rollout": ["--rollout", "0"],
-    "local-earlier": ["--local", "earlier"],
-    "no-local": ["--lam1", "1"],
-    "no-task": ["--lam2", "0"],
-    "no-augmentation": ["--p_aug", "0"],
+    "no-distance": ["--rollout", "1e-9"],
+    "no-prediction": ["--kl", "0"],
     "no-anderson": ["--no-aa"],
+    # Instead of its own states, or beside them, those of the teacher's trajectory.
+    "trajectory": ["--trajectory", "1", "--rollout", "0", "--kl", "0"],
+    "both": ["--trajectory", "1"],
     # Nothing removed, but a rolling store of 5 % of all trajectories.
     "rolling-store": ["--store", "rolling", "--cache_gb", "0.00708"],
 }
@@ -71,7 +70,9 @@ AA = {
 }
 # Table 4.
 GRID = {
-    f"lam1-{lam1}-lam2-{lam2}": ["--lam1", lam1, "--lam2", lam2] for lam1 in LAM1 for lam2 in LAM2
+    f"lam1-{lam1}-lam2-{lam2}": ["--trajectory", "1", "--lam1", lam1, "--lam2", lam2]
+    for lam1 in LAM1
+    for lam2 in LAM2
 }
 # The teacher that has its student's updates, too; and teachers with an ingredient changed.
 LONGER = "teacher-longer"

@@ -4,9 +4,8 @@ A field is a flag of train.py of the same name. `allowed` is checked and printed
 `group` says which checkpoints the value is part of. Flags win over the recipe, the recipe over the
 task's defaults, these over the ones written here.
 
-Recipes are presets of flags. `paper`: Alg. 2 to the letter. `rollout`, the default: k = 0 is
-trained, and often; the local target is the later prediction; and a term is added for states that
-the student reaches by itself.
+Recipes are presets of flags. `paper`: Alg. 2 to the letter. `rollout`, the default: the student is
+trained at the states of its own run of Alg. 1, toward the equilibrium and the teacher's prediction.
 """
 
 import argparse
@@ -94,7 +93,7 @@ class Config:
     recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", STUDENT)
     name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
     student_steps: int = opt(600, "updates", ">= 1", STUDENT)
-    student_lr: float = opt(2e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
+    student_lr: float = opt(3e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
     mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
     lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", STUDENT)
     lam2: float = opt(0.05, "task loss", ">= 0", STUDENT)
@@ -109,10 +108,10 @@ class Config:
     alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
     k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
     local: str = opt("later", "target of Eq. 10, k - 1 or k + 1", "earlier | later", STUDENT)
-    trajectory: float = opt(1.0, "weight of the losses on its states", ">= 0", STUDENT)
-    rollout: float = opt(1.0, "weight of the loss on own states", ">= 0", STUDENT)
-    rollout_max: int = opt(8, "most steps of its own run", ">= 1", STUDENT)
-    rollout_every: bool = opt(False, "train all of them, on task loss too", "", STUDENT)
+    trajectory: float = opt(0.0, "weight of the losses on its states", ">= 0", STUDENT)
+    rollout: float = opt(1.0, "weight of the distance on own states", ">= 0", STUDENT)
+    rollout_max: int = opt(4, "most steps of its own run", ">= 1", STUDENT)
+    kl: float = opt(1.0, "weight of the divergence of its predictions there", ">= 0", STUDENT)
     own_memory: float = opt(0.5, "P(a text's memory is the student's)", ">= 0 and <= 1", STUDENT)
     # Learned solvers
     solver_updates: int = opt(600, "updates of a learned solver", ">= 1", LEARNED)
@@ -148,8 +147,8 @@ class Config:
 RECIPES = {
     "rollout": {},
     "paper": dict(
-        k0=0.0, local="earlier", rollout=0.0, lam2=0.05, first=False, start=False, trajectory=1.0,
-        name="paper",
+        k0=0.0, local="earlier", rollout=0.0, kl=0.0, lam2=0.05, first=False, start=False,
+        trajectory=1.0, student_lr=2e-3, name="paper",
     ),
 }  # fmt: skip
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}

@@ -5,16 +5,16 @@ Paper: Sec. 3.4, App. B.4.
     L_global = E d(g(z_k, t_k, x), z_K)                                                        (9)
     L_local  = E d(g(z_k, t_k, x), stopgrad g_ema(z_j, t_j, x))                               (10)
     L_task   = E CE(head(h(z_k, t_k, x)), y), k among the first steps                         (14)
-    L        = lam1 L_global + (1 - lam1) L_local + lam2 L_task [+ L_rollout + L_start]       (11)
+    L        = lam1 L_global + (1 - lam1) L_local + lam2 L_task                               (11)
 
 d is the squared error relative to the reference's own mean square, per sample and branch: scales
 differ between branches, and one of them would otherwise be most of the loss.
 
-Departs from the paper, each by its own flag: j = k + 1, the *better* prediction, where (10) has
-j = k - 1, as consistency models pull the farther point toward the nearer one. L_rollout is (9) on
-states that the student itself reached, which is where multi-step inference asks it, and (14) there
-too where every such state is trained. L_start is d(start(u), z_K), HyperDEQ's: f contracts, so that
-little of (9) comes back through it to a student's start.
+Departs from the paper: these four are the recipe `paper`. The default one trains the student where
+it is asked, at every state of its own run of Alg. 1 from t_0 on, and nowhere else: L_rollout is (9)
+there, and L_prediction the divergence KL(p || q) of its prediction q from the head's prediction p
+at z_K. The latter knows which errors of a state matter, and needs no labels. L_start is
+d(start(u), z_K), HyperDEQ's: f contracts, so that little of (9) comes back through it to a start.
 """
 
 import torch
@@ -42,12 +42,12 @@ def distance(a: Tensor, b: Tensor, cell: nn.Module, kind: str = "mse") -> Tensor
 
 
 def total(
-    terms: dict[str, Tensor], lam1: float, lam2: float, trajectory: float, rollout: float
+    terms: dict[str, Tensor], lam1: float, lam2: float, trajectory: float, rollout: float, kl: float
 ) -> Tensor:
     """The weighted sum of whichever of the terms are there."""
     weights = {"global": lam1, "local": 1 - lam1, "task": lam2}  # Eq. 11
     weights = {name: trajectory * weight for name, weight in weights.items()}
-    weights |= {"rollout": rollout, "rollout_task": lam2 * rollout, "start": 1.0}
+    weights |= {"rollout": rollout, "prediction": kl, "start": 1.0}
     return sum(weights[name] * term for name, term in terms.items())
 
 
@@ -55,15 +55,15 @@ class Distillation(nn.Module):
     """The student's unweighted loss terms on a batch of trajectory states (Alg. 2, l. 4-6).
 
     teacher: frozen, gives u and the head. ema: the running average of the student. The options
-    are those of config.Config with the same names; every: `rollout_every`.
+    are those of config.Config with the same names; kind: `distance`.
     """
 
     def __init__(
-        self, teacher: Equilibrium, student: Student, ema: Student, kind: str = "mse", every=False
+        self, teacher: Equilibrium, student: Student, ema: Student, kind: str = "mse", kl=1.0
     ):
         super().__init__()
         self.teacher, self.student, self.ema = teacher, student, ema
-        self.kind, self.every = kind, every
+        self.kind, self.kl = kind, kl
 
     def forward(
         self,
@@ -92,7 +92,7 @@ class Distillation(nn.Module):
             u_ema = self.ema.inject(x, memory) if self.student.own_injection else u
             terms |= self.on_trajectory(y, u, u_ema, k, j, states, early)
         if rollout is not None:
-            terms |= self.own_states(u, y, rollout, states[-1], self.every and early is not None)
+            terms |= self.own_states(u, rollout, states[-1])
         if self.student.start is not None:
             guess = self.student.guess(u)
             terms["start"] = distance(guess, states[-1], self.student.cell, self.kind).mean()
@@ -123,24 +123,28 @@ class Distillation(nn.Module):
             terms["task"] = (early * self.teacher.nll(h, y)).mean()  # Eq. 14
         return terms
 
-    def own_states(
-        self, u: Tensor, y: Tensor, times: list[float], z_K: Tensor, task: bool
-    ) -> dict[str, Tensor]:
-        """Eq. 9 where the student's own run of Alg. 1 stands: at its last time or, with `every`,
-        the mean over all of them; and Eq. 14 there. No gradient goes from one step into the last.
+    def own_states(self, u: Tensor, times: list[float], z_K: Tensor) -> dict[str, Tensor]:
+        """Eq. 9 where the student's own run of Alg. 1 stands, the mean over its states, and how far
+        its predictions there are from the teacher's. No gradient goes from one step into the last.
         """
-        z, history, errors, nll = self.teacher.initial(u).detach(), None, [], []
-        for i, t in enumerate(times):
-            trained = self.every or i + 1 == len(times)
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                g, now = self.student.step(z, t, u, history)
-                if trained:
-                    errors.append(distance(g, z_K, self.student.cell, self.kind).mean())
-                if task:
-                    nll.append(self.teacher.nll(g, y).mean())
+        errors, gaps = [], []
+        if self.kl:
+            with torch.no_grad():
+                wanted = self.teacher.log_probabilities(z_K)
+        z, history = self.teacher.initial(u).detach(), None
+        for t in times:
+            g, now = self.student.step(z, t, u, history)
+            errors.append(distance(g, z_K, self.student.cell, self.kind).mean())
+            if self.kl:
+                gaps.append(divergence(wanted, self.teacher.log_probabilities(g)))
             z, history = g.detach(), tuple(v.detach() for v in now)
         terms = {"rollout": torch.stack(errors).mean()}
-        return terms | ({"rollout_task": torch.stack(nll).mean()} if task else {})
+        return terms | ({"prediction": torch.stack(gaps).mean()} if self.kl else {})
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), nats, the mean over predictions: log_p, log_q (..., classes)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 class LearnedSolverLoss(nn.Module):

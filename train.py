@@ -464,11 +464,12 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
         ema.cell.compile()
-    module = Distillation(teacher, student, ema, config.distance, config.rollout_every)
+    module = Distillation(teacher, student, ema, config.distance, config.kl)
     draw = functools.partial(student_parts, run, store, student, teacher.memory)
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
-        return total(terms, config.lam1, config.lam2, config.trajectory, config.rollout)
+        weights = config.lam1, config.lam2, config.trajectory, config.rollout, config.kl
+        return total(terms, *weights)
 
     start = list(student.start.parameters()) if config.start else []
     rest = [p for name, p in student.named_parameters() if not name.startswith("start.")]

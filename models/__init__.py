@@ -94,6 +94,10 @@ class Equilibrium(nn.Module):
         """Task logits of a state, (B, ..., classes); frozen during distillation."""
         raise NotImplementedError
 
+    def log_probabilities(self, z: Tensor) -> Tensor:
+        """What the head predicts of a state, (B, ..., classes) fp32."""
+        return self.head(z).float().log_softmax(-1)
+
     def redraw(self) -> None:
         """New dropout masks from the next evaluation on; called before every training solve."""
         for part in self.modules():

@@ -40,19 +40,16 @@ PAPER = {
 OPTIONS = ("width", "hidden", "kappa", "dropout")
 MASKS = ("train_mask", "valid_mask", "test_mask")
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-# One graph per process and update. Its student is trained where Alg. 1 takes it and nowhere else
-# (--trajectory 0): the teacher's early states are small as z_0, the student's own are not, and no
-# W serves both at the same t.
+# One graph per process and update.
 SMALL = dict(
     batch=WORLD, cache_gb=8.0, augment=False, save_every=200, layers=8, before=16,
     teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
-    student_steps=400, student_lr=2e-3, rollout_max=8,
-    own_injection=True, first=True, rollout_every=True, trajectory=0.0,
+    student_steps=400, student_lr=5e-3, own_injection=True, first=True,
 )  # fmt: skip
 LARGE = SMALL | dict(
     batch=WORLD, save_every=20, dropout=0.2, layers=4,
     teacher_steps=100, teacher_lr=1e-2, explicit_steps=100,
-    student_steps=200, student_lr=4e-3, lam2=1.0, rollout_max=4,
+    student_steps=200, student_lr=4e-3,
 )  # fmt: skip
 
 

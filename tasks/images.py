@@ -27,7 +27,7 @@ DRAWS = 10  # views of a hard digit
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 FASHION = dict(mean=(0.2860,), std=(0.3530,))
 # Of photographs: at ten times the rate the student unlearns what it starts with, one solver step.
-PHOTOGRAPHS = dict(student_lr=2e-4, lam2=0.01)
+PHOTOGRAPHS = dict(student_lr=2e-4)
 REFERENCES = ("alexnet", "googlenet", "resnet34")  # the nearest to HRNet-W18's 21 M parameters
 
 

@@ -36,7 +36,7 @@ from tasks import Split, Task
 END, UNKNOWN = "<eos>", "<unk>"
 PARTS = ("train", "valid", "test")
 STREAMS = 32
-FEWEST = 10  # words of a split
+FEWEST = 2  # words of a split
 # Of the standard library, what is no documentation, or is not on every system.
 OMITTED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings"}
 OMITTED |= {"pydoc_data", "tkinter", "site-packages"}
@@ -232,7 +232,7 @@ def text_task(
 # An hour or two of two CPU cores; one of them for a student.
 LITTLE = dict(
     batch=16, teacher_steps=6000, teacher_lr=3e-3, teacher_decay=0.05, growing=0.7,
-    before=6, layers=2, student_steps=1000, student_lr=1e-3,
+    before=6, layers=2, student_steps=1000,
     store="rolling", cache_gb=1.0, chunk=16, explicit_steps=6000, explicit_lr=3e-3,
     explicit_decay=0.05, save_every=100, log_every=50,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from anderson import Counter, anderson
 from fpode import TimeMap
-from losses import Distillation, TeacherLoss, distance, total
+from losses import Distillation, TeacherLoss, distance, divergence, total
 from student import Student, update_ema
 
 from .conftest import TanhNet
@@ -101,9 +101,8 @@ def test_huber_is_quadratic_for_small_and_linear_for_large_errors(net, batch):
 def test_total_weighs_the_terms():
     """Eq. 11."""
     terms = {"global": torch.tensor(1.0), "local": torch.tensor(2.0), "task": torch.tensor(4.0)}
-    assert total(terms, lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0).item() == pytest.approx(
-        0.8 + 0.4 + 0.2
-    )
+    weights = dict(lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0, kl=1.0)
+    assert total(terms, **weights).item() == pytest.approx(0.8 + 0.4 + 0.2)
 
 
 def test_loss_terms_are_the_equations(net, student, batch):
@@ -145,23 +144,28 @@ def test_no_gradient_reaches_teacher_or_ema(net, student, batch):
     assert all(p.grad is None for p in (*net.parameters(), *ema.parameters()))
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_rollout_states_are_those_of_inference(net, student, batch, every):
-    """The extra states of the default recipe are where Alg. 1 stands: after J steps, or all."""
+def test_own_states_are_those_of_inference(net, student, batch):
+    """The default recipe trains where Alg. 1 stands after each of J steps, with J evaluations."""
     from infer import cdeq
 
     u, z = batch
     student.h = counter = Counter(student.h)
-    y, times = torch.tensor([1, 2, 3, 4]), student.times.schedule(5, 0.8)
-    module = Distillation(net, student, student, every=every)
-    terms = module.own_states(u, y, times, z[6], task=every)
+    times = student.times.schedule(5, 0.8)
+    terms = Distillation(net, student, student).own_states(u, times, z[6])
     assert counter.nfe == 5
-    own = cdeq(student, net.initial(u), u, 5, 0.8)[1 if every else 5 :]
+    own = cdeq(student, net.initial(u), u, 5, 0.8)[1:]
     expected = torch.stack([distance(v, z[6], net.cell).mean() for v in own]).mean()
     assert terms["rollout"].item() == pytest.approx(expected.item(), rel=1e-4)
-    if every:
-        nll = torch.stack([net.nll(v, y).mean() for v in own]).mean()
-        assert terms["rollout_task"].item() == pytest.approx(nll.item(), rel=1e-4)
+    p, q = net.head(z[6]).softmax(-1), torch.stack([net.head(v) for v in own]).softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    assert terms["prediction"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_divergence_is_zero_for_the_same_prediction_alone():
+    p, q = torch.randn(2, 6, 4).log_softmax(-1)
+    assert divergence(p, p).item() == 0 and divergence(p, q).item() > 0
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    assert divergence(p, q).item() == pytest.approx(expected.item())
 
 
 @pytest.fixture
@@ -213,7 +217,7 @@ def test_a_start_has_a_loss_of_its_own(net, richer, batch):
     x, y = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
     terms = Distillation(net, richer, richer)(x, y, None, None, (z[6],), None, None)
     assert [*terms] == ["start"] and terms["start"].item() == pytest.approx(1)
-    total(terms, lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0).backward()
+    total(terms, lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0, kl=1.0).backward()
     assert all(out.bias.grad.abs().sum() > 0 for out in richer.start.out)
     assert all(p.grad is None for p in richer.cell.parameters())
 
