@@ -2,7 +2,7 @@ r"""Train a DEQ teacher, distil it into a C-DEQ student (Alg. 2), evaluate both.
 
     python train.py --task digits                       all stages, on this machine
     python train.py --task digits --recipe paper         the paper's recipe, beside the default one
-    python train.py --task digits --rollout 0 --name no-rollout          an ablation, beside both
+    python train.py --task digits --kl 0 --name no-prediction            an ablation, beside both
     torchrun --nproc_per_node=8 train.py --task digits   the same on 8 processes, one per GPU
 
 Paper: Sec. 3.4, Alg. 2, App. A.3. A run lives in one folder (--out): teacher.pt, trajectories/,
