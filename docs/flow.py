@@ -16,7 +16,7 @@ from torch import nn
 from anderson import anderson, picard
 from fpode import TimeMap, contraction, field, propose_rho, rk4
 from infer import cdeq
-from losses import Distillation, total
+from losses import Distillation
 from models import Cell, Equilibrium
 from student import Student
 
@@ -46,19 +46,20 @@ class Plane(Equilibrium):
 
 
 def distil(net: Equilibrium, x: torch.Tensor, updates: int = 400) -> Student:
-    """A student of Anderson's trajectories and of its own, its running average left out."""
+    """A student of its own states and where Anderson's iteration ends, its running average left
+    out; there is no head, so no prediction either."""
     u = net.inject(x)
     states = anderson(lambda z: net.f(z, u), net.initial(u), K)
     student = Student(net, TimeMap(propose_rho(contraction(states), K), K), first=True)
     student.fit_first([(states[0], states[-1], u)])
-    loss, adam = Distillation(net, student, student), torch.optim.Adam(student.parameters(), 2e-3)
+    loss, adam = (
+        Distillation(net, student, student, kl=0),
+        torch.optim.Adam(student.parameters(), 2e-3),
+    )
     for _ in range(updates):
-        k = torch.randint(K, (len(x),))
-        ks = torch.stack([k - 1, k, k, k + 1, torch.full_like(k, K)]).clamp(min=0)
-        run = student.times.schedule(int(torch.randint(1, 9, ())), DECAY)
-        terms = loss(x, x, k, k + 1, [states[i, torch.arange(len(x))] for i in ks], None, run)
+        times = student.times.schedule(int(torch.randint(1, 9, ())), DECAY)
         adam.zero_grad()
-        total(terms, lam1=0.8, lam2=0.0, trajectory=1.0, rollout=1.0).backward()
+        loss.own_states(u, times, states[-1])["rollout"].backward()
         adam.step()
     return student.requires_grad_(False)
 
