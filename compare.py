@@ -52,7 +52,7 @@ from tasks import Task, graphs, text
 # Each ingredient of the default recipe removed in turn.
 ABLATIONS = {
     "no-start": ["--no-start"],
-    "no-distance": ["--rollout", "1e-9"],
+    "no-distance": ["--rollout", "0"],
     "no-prediction": ["--kl", "0"],
     "no-anderson": ["--no-aa"],
     # Instead of its own states, or beside them, those of the teacher's trajectory.

@@ -172,9 +172,9 @@ def check(config: Config) -> None:
         raise UsageError(
             f"--k_min {config.k_min} --k_tail {config.k_tail}: no step of K = {config.K} is between"
         )
-    if config.trajectory == 0 and config.rollout == 0:
+    if config.trajectory == config.rollout == config.kl == 0:
         raise UsageError(
-            "--trajectory 0 --rollout 0: one of them must be > 0, or nothing is trained"
+            "--trajectory 0 --rollout 0 --kl 0: one of them must be > 0, or nothing is trained"
         )
     if not re.fullmatch(r"[\w.-]*", config.name):
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")

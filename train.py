@@ -545,7 +545,8 @@ def student_parts(
         x, y, rows = store.batch(part)
         states = [z.to(device, torch.float32) for z in store.states(rows, ks[mine])]
         early = task_weights(config, k)[mine].to(device) if config.lam2 > 0 else None
-        rollout = draw_run(run, student, generator) if config.rollout > 0 else None
+        own = config.rollout > 0 or config.kl > 0
+        rollout = draw_run(run, student, generator) if own else None
         past = draw_past(run, memory, rollout, generator)
         k, j = k[mine].to(device), j[mine].to(device)
         yield x.to(device), y.to(device), k, j, states, early, rollout, *past

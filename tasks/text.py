@@ -164,11 +164,12 @@ def grams(text: list[str], n: int) -> set[tuple[str, ...]]:
 
 
 def overlap(ids: Tensor, train: Tensor, n: int = 10) -> float:
-    """The share of a text's different n-grams that stand in the train split, too."""
+    """The share of a text's different n-grams that stand in the train split, too.
 
-    def numbers(
-        ids: Tensor,
-    ) -> np.ndarray:  # one for each n-gram, modulo 2^64: chance hits are rare
+    Each n-gram is one number modulo 2^64; two that share it by chance are too rare to matter.
+    """
+
+    def numbers(ids: Tensor) -> np.ndarray:
         rows = np.lib.stride_tricks.sliding_window_view(ids.numpy().astype(np.uint64) + 1, n)
         factors = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, n + 1, dtype=np.uint64)
         return np.unique(rows @ factors)

@@ -169,7 +169,12 @@ def test_disk_and_memory_train_the_same_student(tmp_path, tiny_run):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--dtype=bf16"], ["--z0=normal", "--distance=huber"], ["--no-aa", "--alpha_grad"]],
+    [
+        ["--dtype=bf16"],
+        ["--z0=normal", "--distance=huber"],
+        ["--no-aa", "--alpha_grad"],
+        ["--rollout=0"],
+    ],
     ids=" ".join,
 )
 def test_options_run(flags, tmp_path):
@@ -216,7 +221,7 @@ def test_flags_win_over_recipes_and_recipes_over_defaults():
         ("--p_aug 2", "--p_aug 2.0: allowed is >= 0 and <= 1"),
         ("--student_lr nan", "--student_lr nan: allowed is > 0"),
         ("--k_tail 30", "--k_tail 30: no step of K = 20 is between"),
-        ("--trajectory 0 --rollout 0", "one of them must be > 0"),
+        ("--trajectory 0 --rollout 0 --kl 0", "one of them must be > 0"),
         ("--name ../x", "--name .*allowed are letters"),
         ("--device gpu", "--device gpu: allowed is auto . cpu . cuda"),
         ("--device cuda", "no CUDA device is there"),
