@@ -112,15 +112,14 @@ def two_point(
     *,
     sample_dims: int = 1,
     ridge: float = 1e-6,
-    alpha_grad: bool = False,
 ) -> Tensor:
     """The Anderson step from two states, S_AA(z_new, z_old; h) of Eq. 7; shape of h_new.
 
     h: values at the states; r = h - z: their residuals. With d = r_new - r_old the weight of the
     *older* state is <r_new, d> / |d|^2: a repeated state (d = 0) falls back to the plain step
-    h_new. No gradient flows through the weight unless `alpha_grad`.
+    h_new. No gradient flows through the weight.
     """
-    with torch.set_grad_enabled(alpha_grad and torch.is_grad_enabled()):
+    with torch.no_grad():
         # <r_new, d> by polarisation, from three norms: quicker than a dot product over the batch,
         # and exactly zero for a repeated state.
         new, old, step = (

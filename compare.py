@@ -43,7 +43,7 @@ from fpode import contraction
 from infer import Method
 from intervals import difference
 from models import Equilibrium
-from models.learned_solver import learned, start_share
+from models.learned_solver import learned
 from runs import Run
 from student import Student
 from tables import LAM1, LAM2, write
@@ -52,25 +52,23 @@ from tasks import Task, graphs, text
 # Each ingredient of the default recipe removed in turn.
 ABLATIONS = {
     "no-start": ["--no-start"],
-    "no-distance": ["--rollout", "0"],
+    "teachers-injection": ["--no-own_injection"],
+    "one-step": ["--rollout_max", "1"],
+    "no-distance": ["--kl", "1"],
     "no-prediction": ["--kl", "0"],
-    "no-anderson": ["--no-aa"],
-    # Instead of its own states, or beside them, those of the teacher's trajectory.
-    "trajectory": ["--trajectory", "1", "--rollout", "0", "--kl", "0"],
-    "both": ["--trajectory", "1"],
-    # Nothing removed, but a rolling store of 5 % of all trajectories.
-    "rolling-store": ["--store", "rolling", "--cache_gb", "0.00708"],
+    "anderson": ["--aa"],
+    "paper": ["--recipe", "paper"],
 }
 
 # Fig. 3, of both recipes.
 AA = {
-    "no-anderson": ["--no-aa"],
+    "anderson": ["--aa"],
     "paper": ["--recipe", "paper"],
     "paper-no-anderson": ["--recipe", "paper", "--no-aa"],
 }
 # Table 4.
 GRID = {
-    f"lam1-{lam1}-lam2-{lam2}": ["--trajectory", "1", "--lam1", lam1, "--lam2", lam2]
+    f"lam1-{lam1}-lam2-{lam2}": ["--recipe", "paper", "--lam1", lam1, "--lam2", lam2]
     for lam1 in LAM1
     for lam2 in LAM2
 }
@@ -114,50 +112,54 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
         solvers |= {f"torchdeq-{kind}": partial(peer, kind, **dims) for kind in PEERS}
     table = {name: solved_by(net, solver) for name, solver in solvers.items()}
     for name, solver in run.learned.items():
-        x, y = run.task.test.batch(torch.arange(1))
-        u = net.inject(next(net.segments(x, y))[0].to(run.device))
-        # A start that is f-sized, as on small networks, is an evaluation.
-        counts = start_share(solver.start, net, u) >= 0.5
         method = partial(learned, solver=solver, **dims)
-        table[name] = solved_by(net, method, solver.initial, counts)
+        table[name] = solved_by(net, method, solver.initial)
     for name, (student, decay) in run.students.items():
-        table[label(name)] = infer.counted(student, decay)
-        if not name and not student.own_injection:
-            table["cdeq+anderson"] = jump_then_solve(run, student, decay)
+        table[label(name)] = infer.counted(net, student, decay)
+        if not name:
+            table["cdeq+anderson"] = JumpThenSolve(run, student, decay)
         if net.sample_dims > 1 and not name:
             shared = copy.copy(student)
             shared.two_point = student.two_point | {"sample_dims": 1}
-            table["cdeq-shared"] = infer.counted(shared, decay)
+            table["cdeq-shared"] = infer.counted(net, shared, decay)
     return table
 
 
-def solved_by(
-    net: Equilibrium, solver: Callable[..., Tensor], start=None, counts: bool = False
-) -> Method:
-    """A solver of the teacher as a method. start(u): its own z_0; counts: that is one evaluation,
-    and the state after it."""
+def solved_by(net: Equilibrium, solver: Callable[..., Tensor], start=None) -> Method:
+    """A solver of the teacher as a method. start(u): its own z_0."""
     f = Counter(net.f)
 
     def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
-        begin, steps = z0 if start is None else start(u), nfe - counts
-        f.nfe += counts
-        states = begin[None]
-        if steps:
-            states = solver(lambda z: f(z, u), begin, steps, last=last)
-            states = states[None] if last else states
-        if last:
-            return states[-1]
-        return torch.cat([z0[None], states]) if counts else states
+        return solver(lambda z: f(z, u), z0 if start is None else start(u), nfe, last=last)
 
-    return Method(solve, net.inject, f)
+    return Method(net, solve, net.inject, f)
 
 
-def jump_then_solve(run: Run, student: Student, decay: float) -> Method:
+class JumpThenSolve(Method):
     """The student's first answer in place of z_0, then the teacher's Anderson acceleration: the
-    jump of the one, the convergence of the other."""
-    net, dims = run.teacher, {"sample_dims": run.teacher.sample_dims}
-    start = lambda u: infer.cdeq(student, net.initial(u), u, 1, decay, last=True)  # noqa: E731
-    return solved_by(net, partial(anderson, **dims, **run.solver()), start, counts=True)
+    jump of the one, the convergence of the other. Each has an injection of its own: u is a pair."""
+
+    def __init__(self, run: Run, student: Student, decay: float):
+        net, f = run.teacher, Counter(run.teacher.f)
+        solver = partial(anderson, sample_dims=net.sample_dims, **run.solver())
+
+        def inject(x: Tensor, memory=None) -> tuple:
+            before = memory or (None, None)
+            return net.inject(x, before[0]), student.inject(x, before[1])
+
+        def solve(z0: Tensor, u: tuple, nfe: int, last: bool = False) -> Tensor:
+            z1 = infer.cdeq(student, z0, u[1], 1, decay, last=True)
+            f.nfe += 1
+            states = solver(lambda z: f(z, u[0]), z1, nfe - 1) if nfe > 1 else z1[None]
+            return states[-1] if last else torch.cat([z0[None], states])
+
+        super().__init__(net, solve, inject, f)
+
+    def initial(self, u: tuple) -> Tensor:
+        return self.net.initial(u[0])
+
+    def remember(self, u: tuple, z: Tensor) -> tuple:
+        return tuple(self.net.remember(part, z) for part in u)
 
 
 # torchdeq's solvers: the module, the function, the evaluations before its first answer.
@@ -199,28 +201,29 @@ def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
     parts = [*two_parts(net, x, y)]
     (first, _), (last, told) = parts[0], parts[-1]
 
-    def past(net: Equilibrium):
-        """What the network remembers of the part before."""
-        u = net.inject(first)
-        return net.remember(u, net.initial(u)) if net.memory else None
+    def past(method: Method):
+        """What it remembers of the part before."""
+        u = method.inject(first)
+        return method.remember(u, method.initial(u)) if net.memory else None
 
-    def answer(net: Equilibrium, method: Method, nfe: int, memory, u=None) -> Tensor:
+    def answer(method: Method, nfe: int, memory, u=None) -> Tensor:
         u = method.inject(last, memory) if u is None else u
-        z = method.solve(net.initial(u), u, nfe, last=True)
-        return net.head(z) if task.score else net.nll(z, told)
+        z = method.solve(method.initial(u), u, nfe, last=True)
+        return method.net.head(z) if task.score else method.net.nll(z, told)
 
-    memory = past(net)
-    jobs = {key: (net, table[key[0]], key[1], memory) for key in sorted(wanted)}
+    memory = net.remember(net.inject(first), net.initial(net.inject(first))) if net.memory else None
+    jobs = {key: (table[key[0]], key[1]) for key in sorted(wanted)}
     for J, direct in run.direct.items():
-        jobs["direct", J] = direct, solved_by(direct, picard_of(direct)), J, past(direct)
+        jobs["direct", J] = solved_by(direct, picard_of(direct)), J
+    jobs = {key: (method, nfe, past(method)) for key, (method, nfe) in jobs.items()}
     alone = {("injection", None): partial(net.inject, last, memory)}
     for name, explicit in run.explicit.items():
         *_, inputs = two_parts(explicit, x, y)
         alone[name, None] = partial(explicit, inputs[0])
         if not task.score:
             alone[name, None] = partial(explicit.nll, *inputs)
-    given = {job[1]: job[1].inject(last, job[3]) for job in jobs.values()}
-    timed = {key: partial(answer, *job, given[job[1]]) for key, job in jobs.items()}
+    given = {job[0]: job[0].inject(last, job[2]) for job in jobs.values()}
+    timed = {key: partial(answer, *job, given[job[0]]) for key, job in jobs.items()}
     spent = interleaved(timed | alone, 5, run.device, patience=60)
     seconds = {key: statistics.median(values) for key, values in spent.items()}
     timed.clear(), given.clear()  # gigabytes on a graph

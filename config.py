@@ -4,8 +4,9 @@ A field is a flag of train.py of the same name. `allowed` is checked and printed
 `group` says which checkpoints the value is part of. Flags win over the recipe, the recipe over the
 task's defaults, these over the ones written here.
 
-Recipes are presets of flags. `paper`: Alg. 2 to the letter. `rollout`, the default: the student is
-trained at the states of its own run of Alg. 1, toward the equilibrium and the teacher's prediction.
+The recipe says what the student is trained on. `paper`: the teacher's trajectory, Alg. 2 to the
+letter. `own-run`, the default: the states of its own run of Alg. 1, toward the equilibrium and the
+teacher's prediction there.
 """
 
 import argparse
@@ -29,8 +30,7 @@ TASKS = images.TASKS | graphs.TASKS | text.TASKS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-TEACHER, STUDENT, EXPLICIT, LEARNED = "teacher", "student", "explicit", "learned solver"
-BOTH, RUN = "both", "run"
+TEACHER, STUDENT, EXPLICIT, BOTH, RUN = "teacher", "student", "explicit", "both", "run"
 LEARNED_SOLVERS = ("hyperdeq", "ignn-solver")
 STAGES = ("all", "teacher", "student", "evaluate", "direct", "explicit", *LEARNED_SOLVERS)
 
@@ -55,7 +55,6 @@ class Config:
         0, "positions of a text that are solved together; 0: the task's", ">= 0", BOTH
     )
     memory: int = opt(0, "positions before them that they see; 0: the task's", ">= 0", BOTH)
-    per_token: bool = opt(True, "Anderson weights of a text's each token", "", BOTH)
     dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
     batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
     accumulate: int = opt(1, "parts that a batch is computed in, one after another", ">= 1", BOTH)
@@ -79,44 +78,25 @@ class Config:
     before: int = opt(8, "most steps of f before them, without; 0 to so many", ">= 0", TEACHER)
     growing: float = opt(0.0, "first share of updates, on 1, 2, .. layers", ">= 0 and < 1", TEACHER)
     jac_weight: float = opt(0.0, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
-    jac_prob: float = opt(0.3, "share of the updates that have it", ">= 0 and <= 1", TEACHER)
     # Trajectories (Alg. 4, Eqs. 6 and 13)
     K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
-    z0: str = opt("zeros", "initial state", "zeros | normal", STUDENT)
-    p_aug: float = opt(0.1, "probability of z_k <- z_K", ">= 0 and <= 1", STUDENT)
-    k_min: int = opt(1, "first step that may be replaced", ">= 1", STUDENT)
-    k_tail: int = opt(3, "steps before K that are kept", ">= 0", STUDENT)
+    p_aug: float = opt(0.1, "recipe paper: probability of z_k <- z_K", ">= 0 and <= 1", STUDENT)
     rho: float = opt(0.0, "rate of the clock; 0: measured", ">= 0", STUDENT)
-    eps: float = opt(0.002, "first time", ">= 0", STUDENT)
-    T: float = opt(5.0, "last time", "> 0", STUDENT)
     # The student and its losses (Alg. 2)
-    recipe: str = opt("rollout", "preset of the flags below", "rollout | paper", STUDENT)
+    recipe: str = opt("own-run", "preset of the flags below", "own-run | paper", STUDENT)
     name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
     student_steps: int = opt(600, "updates", ">= 1", STUDENT)
     student_lr: float = opt(3e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
     mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
-    lam1: float = opt(0.8, "global against local", ">= 0 and <= 1", STUDENT)
-    lam2: float = opt(0.05, "task loss", ">= 0", STUDENT)
-    early: float = opt(0.25, "first share of steps, with task loss", "> 0 and <= 1", STUDENT)
-    gamma: float = opt(1.0, "exponent of c_skip", ">= 1", STUDENT)
-    distance: str = opt("mse", "d of Eqs. 9 and 10", "mse | huber", STUDENT)
-    own_injection: bool = opt(False, "the student trains its own injection", "", STUDENT)
-    first: bool = opt(False, "a W of its own at t_0, fitted by least squares", "", STUDENT)
-    start: bool = opt(False, "a learned guess in place of z_0", "", STUDENT)
-    start_lr: float = opt(8e-3, "peak learning rate of that guess", "> 0", STUDENT)
-    aa: bool = opt(True, "the Anderson step of Eq. 7", "", STUDENT)
-    alpha_grad: bool = opt(False, "gradient through its weights", "", STUDENT)
-    k0: float = opt(0.25, "P(k = 0); 0: k from 1 .. K as in Alg. 2", ">= 0 and < 1", STUDENT)
-    local: str = opt("later", "target of Eq. 10, k - 1 or k + 1", "earlier | later", STUDENT)
-    trajectory: float = opt(0.0, "weight of the losses on its states", ">= 0", STUDENT)
-    rollout: float = opt(1.0, "weight of the distance on own states", ">= 0", STUDENT)
+    kl: float = opt(
+        0.5, "share of its predictions in the loss, against its states", ">= 0 and <= 1", STUDENT
+    )
+    lam1: float = opt(0.8, "recipe paper: global against local", ">= 0 and <= 1", STUDENT)
+    lam2: float = opt(0.05, "recipe paper: task loss", ">= 0", STUDENT)
+    own_injection: bool = opt(True, "the student trains its own injection", "", STUDENT)
+    start: bool = opt(True, "a learned guess in place of z_0", "", STUDENT)
+    aa: bool = opt(False, "the Anderson step of Eq. 7", "", STUDENT)
     rollout_max: int = opt(4, "most steps of its own run", ">= 1", STUDENT)
-    kl: float = opt(1.0, "weight of the divergence of its predictions there", ">= 0", STUDENT)
-    own_memory: float = opt(0.5, "P(a text's memory is the student's)", ">= 0 and <= 1", STUDENT)
-    # Learned solvers
-    solver_updates: int = opt(600, "updates of a learned solver", ">= 1", LEARNED)
-    solver_lr: float = opt(8e-3, "peak learning rate of AdamW, cosine to 0", "> 0", LEARNED)
-    solver_run: int = opt(8, "steps of its run that are trained", ">= 1", LEARNED)
     # Explicit reference networks
     explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
     explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
@@ -145,12 +125,9 @@ class Config:
 
 
 RECIPES = {
-    "rollout": {},
-    "paper": dict(
-        k0=0.0, local="earlier", rollout=0.0, kl=0.0, lam2=0.05, first=False, start=False,
-        trajectory=1.0, student_lr=2e-3, name="paper",
-    ),
-}  # fmt: skip
+    "own-run": {},
+    "paper": dict(aa=True, start=False, own_injection=False, student_lr=2e-3, name="paper"),
+}
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
@@ -168,22 +145,12 @@ def check(config: Config) -> None:
             ok = ok and (not isinstance(value, float) or math.isfinite(value))
         if not ok:
             raise UsageError(f"--{field.name} {value}: allowed is {allowed or 'a finite number'}")
-    if config.k_min > config.K - config.k_tail and config.p_aug > 0:
-        raise UsageError(
-            f"--k_min {config.k_min} --k_tail {config.k_tail}: no step of K = {config.K} is between"
-        )
-    if config.trajectory == config.rollout == config.kl == 0:
-        raise UsageError(
-            "--trajectory 0 --rollout 0 --kl 0: one of them must be > 0, or nothing is trained"
-        )
     if not re.fullmatch(r"[\w.-]*", config.name):
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
     try:
-        TimeMap(config.rho or 1e-3, config.K, config.eps, config.T)
+        TimeMap(config.rho or 1e-3, config.K)
     except ValueError as error:
-        raise UsageError(
-            f"--rho {config.rho} --eps {config.eps} --T {config.T}: {error}"
-        ) from error
+        raise UsageError(f"--rho {config.rho}: {error}") from error
 
 
 def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
@@ -210,7 +177,7 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     chosen |= task.defaults | RECIPES[recipe]
     config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
     check(config)
-    for key in ("width", "hidden", "kappa", "dropout", "per_token", "own_memory"):
+    for key in ("width", "hidden", "kappa", "dropout"):
         if key in given and key not in task.options:
             raise UsageError(f"--{key}: the networks of {name} have no such setting")
     for key in ("explicit", "pretrained"):

@@ -78,16 +78,24 @@ def anytime(
 
 @dataclass(frozen=True)
 class Method:
-    """A way to the equilibrium. solve(z_0, u, nfe, last=False): all its states z_0 .. z_nfe, or
-    z_nfe alone; inject(x, memory=None): the u it wants; counter: of its evaluations."""
+    """A way to the equilibrium of net. solve(z_0, u, nfe, last=False): all its states z_0 .. z_nfe,
+    or z_nfe alone; inject(x, memory=None): the u it wants; counter: of its evaluations."""
 
+    net: Equilibrium
     solve: Callable[..., Tensor]
     inject: Callable[..., Tensor]
     counter: Counter
 
+    def initial(self, u) -> Tensor:
+        return self.net.initial(u)
 
-def counted(student: Student, decay: float) -> Method:
-    """Alg. 1 as a method; it counts evaluations of h."""
+    def remember(self, u, z: Tensor):
+        """The memory that the next segment wants of this one."""
+        return self.net.remember(u, z)
+
+
+def counted(net: Equilibrium, student: Student, decay: float) -> Method:
+    """Alg. 1 with a student of `net` as a method; it counts evaluations of h."""
     h = Counter(student.h)
     student = copy.copy(student)  # shares the weights; only its h is the counted one
     student.h = h
@@ -95,7 +103,7 @@ def counted(student: Student, decay: float) -> Method:
     def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
         return cdeq(student, z0, u, nfe, decay, last)
 
-    return Method(solve, student.inject, h)
+    return Method(net, solve, student.inject, h)
 
 
 def ranks() -> tuple[int, int]:
@@ -187,9 +195,8 @@ def evaluate(
                 u = net.inject(x, before)
                 star = equilibrium(run, net.initial(u), u)
             for name, method in methods.items():
-                past = pasts[name]
-                past |= {} if own else dict.fromkeys(nfes, before)
-                for nfe, z in zip(nfes, answers(net, method, x, past, own), strict=True):
+                left = star if memory == "teacher" else None
+                for nfe, z in zip(nfes, answers(method, x, pasts[name], own, left), strict=True):
                     tallies[name, nfe].add(measures(run, z, u, star, y), y, units)
                 del z  # a view of gigabytes on a graph: not beside the next method's
             before = net.remember(u, star) if memory != "none" and converge else None
@@ -203,17 +210,19 @@ def evaluate(
     return rows
 
 
-def answers(net: Equilibrium, method: Method, x: Tensor, past: dict, own: bool) -> Iterator[Tensor]:
-    """z at each NFE of `past`, the memory by NFE; with `own`, each leaves its own there."""
+def answers(method: Method, x: Tensor, past: dict, own: bool, left) -> Iterator[Tensor]:
+    """z at each NFE of `past`, the memory by NFE. There the state itself is left for the next
+    segment, with `own`, or `left`, the same for all, or nothing."""
     if not own:  # one solve passes through them all
         u = method.inject(x, next(iter(past.values())))
-        states = method.solve(net.initial(u), u, max(past))
+        states = method.solve(method.initial(u), u, max(past))
+        past |= dict.fromkeys(past, None if left is None else method.remember(u, left))
         yield from (states[nfe] for nfe in past)
         return
     for nfe, memory in past.items():
         u = method.inject(x, memory)
-        z = method.solve(net.initial(u), u, nfe, last=True)
-        past[nfe] = net.remember(u, z)
+        z = method.solve(method.initial(u), u, nfe, last=True)
+        past[nfe] = method.remember(u, z)
         yield z
 
 
@@ -277,7 +286,7 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
     """
     sign = 1 if run.task.higher_is_better else -1
     split = run.task.to_choose()
-    candidates = {decay: counted(student, decay) for decay in run.task.decays}
+    candidates = {decay: counted(run.teacher, student, decay) for decay in run.task.decays}
     found = {
         decay: {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
         for decay, rows in evaluate(run, candidates, split, memory="teacher").items()
@@ -319,8 +328,8 @@ def generate(
     x = torch.cat([prompt.new_zeros(1, 1), prompt], dim=1).to(run.device)  # after an <eos>
     for part, _ in net.segments(x, x):
         u = method.inject(part, memory)
-        z = method.solve(net.initial(u), u, nfe, last=True)
-        memory = net.remember(u, z)
+        z = method.solve(method.initial(u), u, nfe, last=True)
+        memory = method.remember(u, z)
     start = time.perf_counter()
     for _ in range(tokens):
         logits = net.head(z[:, -1:])[0, 0] / temperature
@@ -328,8 +337,8 @@ def generate(
         word = best.indices[torch.multinomial(best.values.softmax(0), 1)]
         words.append(int(word))
         u = method.inject(word[None], memory)
-        z = method.solve(net.initial(u), u, nfe, last=True)
-        memory = net.remember(u, z)
+        z = method.solve(method.initial(u), u, nfe, last=True)
+        memory = method.remember(u, z)
     return words, tokens / (time.perf_counter() - start)
 
 
@@ -342,7 +351,8 @@ def continuations(run: Run, name: str, nfe: int, args) -> list[dict]:
         return anderson(f, z0, nfe, last=last, sample_dims=net.sample_dims, **run.solver())
 
     rows = []
-    teacher, student = Method(solve, net.inject, Counter(net.f)), counted(*run.students[name])
+    teacher = Method(net, solve, net.inject, Counter(net.f))
+    student = counted(net, *run.students[name])
     for title, method, budget in (("teacher", teacher, K), ("cdeq", student, nfe)):
         torch.manual_seed(args.seed)
         words, speed = generate(
@@ -445,7 +455,7 @@ def main(argv: list[str]) -> None:
         line = "value {value:.2f} at {nfe_mean:.2f} evaluations on average, {nfe_max} at most"
     else:
         nfes = tuple(sorted(set(args.nfe))) or run.task.nfes
-        method = {"": counted(*run.students[args.student])}
+        method = {"": counted(run.teacher, *run.students[args.student])}
         result = evaluate(run, method, split, nfes, args.batch, args.memory)[""]
         for row in result:
             row.pop("items")

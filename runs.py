@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import UsageError, contents_of, fingerprint, load, ours
-from config import LEARNED_SOLVERS, Config, open_task
+from config import LEARNED_SOLVERS, open_task
 from fpode import TimeMap
 from models import Equilibrium, mdeq, transformer
 from models.learned_solver import LearnedSolver
@@ -87,10 +87,8 @@ def teacher_weights(path: Path) -> dict[str, Tensor]:
 
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     """A fresh student with the clock and the options of a training configuration."""
-    times = TimeMap(rho, config["K"], config["eps"], config["T"])
-    options = ("gamma", "aa", "alpha_grad", "own_injection", "first", "start")
-    known = (config.get(key, getattr(Config, key)) for key in options)  # older runs lack some
-    return Student(teacher, times, *known)
+    options = dict(anderson=config["aa"], own_injection=config["own_injection"])
+    return Student(teacher, TimeMap(rho, config["K"]), start=config["start"], **options)
 
 
 def build_learned(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:
@@ -170,7 +168,7 @@ def open_learned(
         if not path.exists():
             continue
         saved = load_of(path, kind, teacher)
-        if saved["step"] >= saved["config"]["solver_updates"]:
+        if saved["step"] == saved["updates"]:
             solver = build_learned(teacher, kind, saved["config"]["m"])
             solver.load_state_dict(saved["model"])
             solvers[kind] = solver.to(device).eval().requires_grad_(False)

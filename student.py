@@ -17,15 +17,13 @@ in the student, which is no contraction: P has to overshoot.
 
 Departs from the paper: at k = 0 there is no history and P = h (as Alg. 1, line 1 has it). Writing
 that as z_{-1} = z_0 needs no special case, for a repeated state makes S_AA the plain step. With
-`first`, W is another one at t_0: no single W both carries z_0 = 0 to z* and leaves z* in its place.
-With `start`, h looks at t_0 at a small network's guess of z* from u, as HyperDEQ does, not at z_0.
+`start`, h looks at t_0 at a small network's guess of z* from u, as HyperDEQ does, not at z_0: no
+single W both carries z_0 = 0 to z* and leaves z* in its place.
 """
 
 import copy
-from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -33,7 +31,6 @@ from torch.nn.utils import parametrize
 from anderson import two_point
 from fpode import TimeMap
 from models import Equilibrium
-from models.learned_solver import start_for
 
 Time = Tensor | float  # of each sample, (B,), or of all
 # h(z_{j-1}, t_{j-1}, x) and its residual h - z_{j-1}, kept from the step before
@@ -45,9 +42,8 @@ class Student(nn.Module):
     the teacher's, frozen.
 
     gamma >= 1: exponent of c_skip. anderson=False drops Eq. 7 and takes P = h (Fig. 3's ablation).
-    alpha_grad: let gradients through the two-point weights. own_injection: train a copy of the
-    teacher's injection instead of sharing it. first: a W_0 of its own at t_0, see `fit_first`.
-    start: a guess in place of z_0; a fresh one is 0.
+    own_injection: train a copy of the teacher's injection instead of sharing it. start: a guess in
+    place of z_0; a fresh one is 0.
     """
 
     def __init__(
@@ -56,23 +52,20 @@ class Student(nn.Module):
         times: TimeMap,
         gamma: float = 1.0,
         anderson: bool = True,
-        alpha_grad: bool = False,
         own_injection: bool = False,
-        first: bool = False,
         start: bool = False,
     ):
         super().__init__()
         self.times, self.gamma, self.anderson = times, gamma, anderson
-        self.two_point = dict(sample_dims=teacher.sample_dims, alpha_grad=alpha_grad)
+        self.two_point = dict(sample_dims=teacher.sample_dims)
         self.cell = fold(copy.deepcopy(teacher.cell)).requires_grad_(True)
         self.W = nn.ModuleList(nn.Linear(C, C) for C in self.cell.channels)
         self.w_t = nn.ParameterList(torch.zeros(C) for C in self.cell.channels)
-        self.W_0 = nn.ModuleList(nn.Linear(C, C) for C in (self.cell.channels if first else ()))
-        for W in (*self.W, *self.W_0):
+        for W in self.W:
             nn.init.eye_(W.weight)
             nn.init.zeros_(W.bias)
-        self.start = start_for(self.cell) if start else None
-        if start:
+        self.start = self.cell.start() if start else None
+        if self.start is not None:
             for p in self.start.out.parameters():
                 nn.init.zeros_(p)
         self.own_injection = own_injection
@@ -87,41 +80,13 @@ class Student(nn.Module):
 
     def h(self, z: Tensor, t: Time, u: Tensor) -> Tensor:
         """The time-aware layer: one NFE."""
-        s = self.times.s(t)
-        out = []
-        for i, (v, W, w_t) in enumerate(zip(self.cell(z, u), self.W, self.w_t, strict=True)):
+        s, out = self.times.s(t), []
+        for v, W, w_t in zip(self.cell(z, u), self.W, self.w_t, strict=True):
             if isinstance(s, Tensor):
-                h = W(v) + per_sample(s, v) * w_t
-                out.append(torch.where(per_sample(s, v) == 0, self.W_0[i](v), h) if self.W_0 else h)
-            elif s == 0 and self.W_0:
-                out.append(self.W_0[i](v))
+                out.append(W(v) + per_sample(s, v) * w_t)
             else:  # one time for all samples: the bias takes it up
                 out.append(F.linear(v, W.weight, torch.add(W.bias, w_t, alpha=s)))
         return self.cell.join(out)  # Eq. 8
-
-    @torch.no_grad()
-    def fit_first(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """W_0 <- the least-squares map from f'(z_0) to z_K over batches of (z_0, z_K, u).
-
-        Called by all ranks together, each with batches of its own.
-        """
-        normal = [W.weight.new_zeros(len(W.bias) + 1, 2 * len(W.bias) + 1) for W in self.W_0]
-        normal = [N.double() for N in normal]
-        for z_0, z_K, u in batches:
-            z_0 = self.begin(z_0, self.times.eps, u)
-            pairs = zip(normal, self.cell(z_0, u), self.cell.features(z_K), strict=True)
-            for N, v, target in pairs:
-                v, target = v.flatten(0, -2).double(), target.flatten(0, -2).double()
-                v = F.pad(v, (0, 1), value=1.0)  # the bias
-                N += v.T @ torch.cat([v, target], 1)
-        for N, W in zip(normal, self.W_0, strict=True):
-            if dist.is_initialized():
-                dist.all_reduce(N)
-            left, right = N.tensor_split([len(N)], dim=1)
-            ridge = 1e-6 * left.diagonal().mean() * torch.eye(len(left)).to(left)
-            solution = torch.linalg.solve(left + ridge, right).to(W.weight)
-            W.weight.copy_(solution[:-1].T)
-            W.bias.copy_(solution[-1])
 
     def step(
         self, z: Tensor, t: Time, u: Tensor, history: History = None

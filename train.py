@@ -34,14 +34,19 @@ import runs
 import tables
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
-from config import BOTH, DTYPES, EXPLICIT, LEARNED, LEARNED_SOLVERS, STUDENT, TEACHER, Config, parse
+from config import BOTH, DTYPES, EXPLICIT, LEARNED_SOLVERS, STUDENT, TEACHER, Config, parse
 from fpode import contraction, propose_rho
-from losses import Distillation, LearnedSolverLoss, TeacherLoss, total
+from losses import Distillation, LearnedSolverLoss, OwnRun, TeacherLoss, total
 from models import Equilibrium
 from models.explicit import Vision
-from models.learned_solver import start_share
 from student import Student, update_ema
 from tasks import Task, positions
+
+EARLY = 0.25  # Eq. 14: the first share of steps, which have the task loss
+OWN_MEMORY = 0.5  # share of the updates in which a text's memory is the student's own
+GUESS_LR = 8e-3  # peak rate of what guesses z* from u: a student's start, a learned solver
+LEARNED_RUN = 8  # steps of a learned solver's run that are trained
+JACOBIAN_SHARE = 0.3  # of the updates, which have the Jacobian regularisation
 
 
 class Trainer:
@@ -166,8 +171,7 @@ class Trainer:
         if not path.exists():
             return 0
         saved = load(path, stage)
-        group = {"direct": TEACHER} | dict.fromkeys(LEARNED_SOLVERS, LEARNED)
-        self.bind(path, saved["config"], group.get(stage, stage), BOTH)
+        self.bind(path, saved["config"], {"direct": TEACHER}.get(stage, stage), BOTH)
         for key, value in extra.items():  # what the student depends on: its clock, its teacher
             if saved[key] != value:
                 raise UsageError(f"{path} has {key} {saved[key]}, not {value}; delete it")
@@ -312,7 +316,7 @@ def teacher_parts(run: Trainer, stage: str, state: torch.Size, parts: range) -> 
         if stage == "direct":
             steps, layers = 0, config.direct
         chance = torch.rand((), generator=generator)
-        if steps and config.jac_weight > 0 and chance < config.jac_prob:
+        if steps and config.jac_weight > 0 and chance < JACOBIAN_SHARE:
             probe = torch.randn(run.part, *state, generator=generator)[run.mine].to(run.device)
         yield x.to(run.device), y.to(run.device), steps, layers, probe
 
@@ -365,116 +369,86 @@ def state_shape(run: Trainer, net: Equilibrium) -> torch.Size:
     return net.initial(net.inject(x.to(run.device))).shape[1:]
 
 
-def make_store(run: Trainer, teacher: Equilibrium) -> trajectories.Memory:
-    """The train split's trajectories, in the store that fits the budgets."""
+def make_store(run: Trainer, teacher: Equilibrium, ends: bool) -> trajectories.Memory:
+    """The train split's trajectories, or their ends alone, in the store that fits the budgets."""
     config, split = run.config, run.task.train
     solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
-    dtype = DTYPES[config.cache_dtype]
-    state = state_shape(run, teacher)
-    limits = config.cache_gb, config.disk_gb
-    kind, message = trajectories.plan(len(split), state, config.K, dtype, *limits)
+    dtype, states = DTYPES[config.cache_dtype], 1 if ends else config.K + 1
+    size, limits = state_shape(run, teacher).numel(), (config.cache_gb, config.disk_gb)
+    kind, message = trajectories.plan(len(split), states, size, dtype, *limits)
     if config.store != "auto":
         kind, message = config.store, f"{message}; chosen by hand: {config.store}"
     run.say(message)
 
-    def solve(x: Tensor, rows: Tensor) -> Tensor:
+    def solve(x: Tensor) -> Tensor:
         x = x.to(run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-            return trajectories.sample(teacher, x, rows, config.K, config.z0, **solver)
+            return trajectories.sample(teacher, x, config.K, ends, **solver)
 
     common = (solve, split, run.part, config.seed)
     options = dict(chunk=config.chunk, dtype=dtype)
     if kind == "memory":
         return trajectories.Memory(*common, **options)
     if kind == "disk":
-        binding = {
-            "teacher": fingerprint(teacher),
-            "K": config.K,
-            "z0": config.z0,
-            "split": "train",
-        }
-        folder = run.folder / "trajectories"
-        return trajectories.Disk(*common, folder=folder, header=binding | solver, **options)
-    slots = int(config.cache_gb * 1e9 / ((config.K + 1) * state.numel() * dtype.itemsize))
+        header = {"teacher": fingerprint(teacher), "K": config.K, "split": "train"} | solver
+        folder = run.folder / ("equilibria" if ends else "trajectories")
+        return trajectories.Disk(*common, folder=folder, header=header, **options)
+    slots = int(config.cache_gb * 1e9 / (states * size * dtype.itemsize))
     slots = min(slots, max(config.reuse, len(split) // run.world))  # no more than one of each
     options |= dict(reuse=config.reuse, augment=config.augment, workers=config.workers)
     return trajectories.Rolling(*common, slots=slots, **options)
 
 
 def train_learned(run: Trainer, teacher: Equilibrium) -> None:
-    """A learned solver of the same teacher, on the same trajectories' ends as the student."""
-    config, kind = run.config, run.config.stage
+    """A learned solver of the same teacher, on the same ends of trajectories as the student and for
+    as many updates."""
+    config, kind, steps = run.config, run.config.stage, run.config.student_steps
     path = run.folder / f"{kind}.pt"
-    if finished(path, kind, config.solver_updates):
-        run.bind(path, runs.load_of(path, kind, teacher)["config"], LEARNED, BOTH)
+    if finished(path, kind, steps):
+        run.bind(path, runs.load_of(path, kind, teacher)["config"], BOTH)
         return
     torch.manual_seed(config.seed)
     solver = runs.build_learned(teacher, kind, config.m).to(run.device)
-    store = make_store(run, teacher)
+    store = make_store(run, teacher, ends=True)
 
     def draw(parts: range) -> Iterator[tuple]:
         for part in parts:
             x, _, rows = store.batch(part)
-            (z_K,) = store.states(rows, torch.full((len(rows), 1), config.K))
-            yield x.to(run.device), z_K.to(run.device, torch.float32), part // config.accumulate
+            z_K = store.ends(rows).to(run.device, torch.float32)
+            yield x.to(run.device), z_K, part // config.accumulate
 
-    steps, lr = config.solver_updates, config.solver_lr
-    optimizer = torch.optim.AdamW(solver.parameters(), lr=lr, weight_decay=0.005)
-    module, sum_of = LearnedSolverLoss(solver, config.solver_run), lambda terms: sum(terms.values())
-    extra = dict(teacher=fingerprint(teacher))
+    optimizer = torch.optim.AdamW(solver.parameters(), lr=GUESS_LR, weight_decay=0.005)
+    module, sum_of = LearnedSolverLoss(solver, LEARNED_RUN), lambda terms: sum(terms.values())
+    extra = dict(teacher=fingerprint(teacher), updates=steps)
     run.fit(kind, path, module, solver, sum_of, draw, steps, optimizer, lambda: None, **extra)
     barrier(run)
 
 
-def draw_steps(config: Config, n: int, generator: torch.Generator) -> Tensor:
-    """k of n samples: uniform on 1 .. K (Alg. 2, l. 3), or with k = 0 oversampled."""
-    if config.k0 == 0:
-        return torch.randint(1, config.K + 1, (n,), generator=generator)
-    k = torch.randint(1, config.K, (n,), generator=generator)
-    return torch.where(torch.rand(n, generator=generator) < config.k0, 0, k)
-
-
-def task_weights(config: Config, k: Tensor) -> Tensor:
-    """Of the task loss at steps k: 0 where k is not early, else such that their mean over
-    draws is 1."""
-    last = math.ceil(config.early * config.K)
-    chance = last / config.K
-    if config.k0 > 0:
-        chance = config.k0 + (1 - config.k0) * min(1.0, last / (config.K - 1))
-    return (k <= last).float() / chance
-
-
-def draw_run(run: Trainer, student: Student, generator: torch.Generator) -> list[float]:
-    """Times t_0 .. t_J of a run of the student's own, J and the schedule's base drawn; where the
-    split is a single sample, a graph, every rank draws others."""
-    runs, mine = (run.world, run.rank) if len(run.task.train) == 1 else (1, 0)
-    J = torch.randint(1, run.config.rollout_max + 1, (runs,), generator=generator)[mine]
-    pick = torch.randint(len(run.task.decays), (runs,), generator=generator)[mine]
-    return student.times.schedule(int(J) + 1, run.task.decays[pick])
-
-
 def train_student(run: Trainer, teacher: Equilibrium) -> None:
-    """Consistency distillation, Alg. 2; `pick_decay` finishes it."""
+    """A student by either recipe; `pick_decay` finishes it."""
     config, path = run.config, runs.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
         run.bind(path, runs.load_of(path, "student", teacher)["config"], STUDENT, BOTH)
         return
-    begin, store = time.perf_counter(), make_store(run, teacher)
+    paper, begin = config.recipe == "paper", time.perf_counter()
+    store = make_store(run, teacher, ends=not paper)
     student, ema, rho = fresh_student(run, teacher, store)
     if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
         ema.cell.compile()
-    module = Distillation(teacher, student, ema, config.distance, config.kl)
-    draw = functools.partial(student_parts, run, store, student, teacher.memory)
+    if paper:
+        module, draw = Distillation(teacher, student, ema), trajectory_parts
+    else:
+        module, draw = OwnRun(teacher, student), own_parts
+    draw = functools.partial(draw, run, store, student, teacher.memory)
 
     def weigh(terms: dict[str, Tensor]) -> Tensor:
-        weights = config.lam1, config.lam2, config.trajectory, config.rollout, config.kl
-        return total(terms, *weights)
+        return total(terms, config.lam1, config.lam2, config.kl)
 
-    start = list(student.start.parameters()) if config.start else []
-    rest = [p for name, p in student.named_parameters() if not name.startswith("start.")]
-    groups = [dict(params=rest, lr=config.student_lr)]
-    groups += [dict(params=start, lr=config.start_lr)] if start else []
+    start, rest = [], []
+    for name, p in student.named_parameters():
+        (start if name.startswith("start.") else rest).append(p)
+    groups = [dict(params=rest, lr=config.student_lr), dict(params=start, lr=GUESS_LR)]
     steps, optimizer = config.student_steps, torch.optim.AdamW(groups, weight_decay=0.0)
     extra = dict(rho=rho, teacher=fingerprint(teacher))
 
@@ -491,74 +465,73 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
 
 def fresh_student(run: Trainer, teacher: Equilibrium, store) -> tuple[Student, Student, float]:
     """The student, its running average and its clock's rate, before the first update."""
-    config, every = run.config, torch.arange(run.config.K + 1)
-    x, _, rows = store.batch(0)
-    states = store.states(rows, every.expand(len(rows), -1))
-    rate = contraction(states, teacher.sample_dims)
+    config = run.config
+    x = store.batch(0)[0].to(run.device)
+    solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
+    rate = contraction(trajectories.sample(teacher, x, config.K, **solver), teacher.sample_dims)
     rho = config.rho or propose_rho(rate, config.K)
     run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     run.log(contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
     torch.manual_seed(config.seed)  # of the start's weights, whatever was drawn before
     student = runs.build_student(teacher, settings, rho).to(run.device)  # Alg. 2, l. 1
-    if config.start:
-        check_start(student, teacher, x[:1].to(run.device))
-    if config.first:
-        student.fit_first(first_pairs(run, store, student))
     ema = runs.build_student(teacher, settings, rho).to(run.device).requires_grad_(False)
     ema.load_state_dict(student.state_dict())
     return student, ema, rho
 
 
-def check_start(student: Student, teacher: Equilibrium, x: Tensor) -> None:
-    """UsageError where the student's start is f-sized: it is not counted, f is."""
-    share = start_share(student.start, teacher, student.inject(x))
-    if share >= 0.5:
-        raise UsageError(
-            f"--start: it takes {share:.0%} of the FLOPs of f here, and no NFE counts it; allowed "
-            "is less than half"
-        )
+def own_parts(run: Trainer, store, student: Student, memory: int, parts: range) -> Iterator[tuple]:
+    """The arguments of OwnRun for each of these parts; memory: the teacher's."""
+    for part in parts:
+        generator = run.generator(1, part)
+        x, _, rows = store.batch(part)
+        z_K = store.ends(rows).to(run.device, torch.float32)
+        times = draw_run(run, student, generator)
+        past, chance = draw_past(memory, generator)
+        yield x.to(run.device), z_K, times, past, chance < OWN_MEMORY
 
 
-def draw_past(run: Trainer, memory: int, rollout, generator: torch.Generator) -> tuple[int, bool]:
-    """How many positions of a window are history, all of it or, in a fifth of the updates as at the
-    start of a stream, none; and whether their states are the student's own."""
-    if not memory:
-        return 0, False
-    past, own = torch.rand(2, generator=generator).tolist()
-    return (memory if past < 0.8 else 0), rollout is not None and own < run.config.own_memory
-
-
-def student_parts(
+def trajectory_parts(
     run: Trainer, store, student: Student, memory: int, parts: range
 ) -> Iterator[tuple]:
     """The arguments of Distillation for each of these parts; memory: the teacher's."""
-    config, device, mine = run.config, run.device, run.mine
+    config, device = run.config, run.device
     for part in parts:
         generator = run.generator(1, part)
-        k = draw_steps(config, run.part, generator)  # Alg. 2, l. 3
-        j = (k + (1 if config.local == "later" else -1)).clamp(0, config.K)
+        k = torch.randint(1, config.K + 1, (run.part,), generator=generator)  # Alg. 2, l. 3
         draws = torch.rand(run.part, config.K + 1, generator=generator)
-        steps = [k - 1, k, j - 1, j] if config.trajectory > 0 else []
-        ks = torch.stack([*steps, torch.full_like(k, config.K)], dim=1).clamp(min=0)
-        ks = trajectories.augment(ks, draws, config.p_aug, config.k_min, config.k_tail)
+        ks = torch.stack([k - 2, k - 1, k, torch.full_like(k, config.K)], dim=1).clamp(min=0)
+        ks = trajectories.augment(ks, draws, config.p_aug)
         x, y, rows = store.batch(part)
-        states = [z.to(device, torch.float32) for z in store.states(rows, ks[mine])]
-        early = task_weights(config, k)[mine].to(device) if config.lam2 > 0 else None
-        own = config.rollout > 0 or config.kl > 0
-        rollout = draw_run(run, student, generator) if own else None
-        past = draw_past(run, memory, rollout, generator)
-        k, j = k[mine].to(device), j[mine].to(device)
-        yield x.to(device), y.to(device), k, j, states, early, rollout, *past
+        states = [z.to(device, torch.float32) for z in store.states(rows, ks[run.mine])]
+        early = task_weights(config.K, k)[run.mine].to(device)
+        past, _ = draw_past(memory, generator)
+        yield x.to(device), y.to(device), k[run.mine].to(device), states, early, past
 
 
-def first_pairs(run: Trainer, store: trajectories.Memory, student: Student, most: int = 8):
-    """(z_0, z_K, u) of a few batches, for the student's W_0."""
-    for step in range(min(most, math.ceil(len(store.split) / run.part))):
-        x, _, rows = store.batch(step)
-        ends = store.states(rows, torch.tensor([[0, run.config.K]]).expand(len(rows), -1))
-        z_0, z_K = (z.to(run.device, torch.float32) for z in ends)
-        yield z_0, z_K, student.inject(x.to(run.device))
+def draw_run(run: Trainer, student: Student, generator: torch.Generator) -> list[float]:
+    """Times t_0 .. t_J of a run of the student's own, J and the schedule's base drawn; where the
+    split is a single sample, a graph, every rank draws others."""
+    runs, mine = (run.world, run.rank) if len(run.task.train) == 1 else (1, 0)
+    J = torch.randint(1, run.config.rollout_max + 1, (runs,), generator=generator)[mine]
+    pick = torch.randint(len(run.task.decays), (runs,), generator=generator)[mine]
+    return student.times.schedule(int(J) + 1, run.task.decays[pick])
+
+
+def draw_past(memory: int, generator: torch.Generator) -> tuple[int, float]:
+    """How many positions of a window are history, all of it or, in a fifth of the updates as at the
+    start of a stream, none; and a number in [0, 1) that decides whose states they have."""
+    if not memory:
+        return 0, 1.0
+    past, chance = torch.rand(2, generator=generator).tolist()
+    return (memory if past < 0.8 else 0), chance
+
+
+def task_weights(K: int, k: Tensor) -> Tensor:
+    """Of the task loss at steps k, uniform on 1 .. K: 0 where k is not early, else such that their
+    mean over draws is 1."""
+    last = math.ceil(EARLY * K)
+    return (k <= last).float() * K / last
 
 
 def pick_decay(run: Trainer) -> None:

@@ -3,18 +3,22 @@ r"""Teacher trajectories: sampled, augmented, stored and served.
 Paper: Sec. 3.2, App. B.2, Alg. 4.
 
     z_{k+1} = S_AA({z_i}; f, x), k = 0 .. K-1, from z_0                          Alg. 4, l. 1-5
-    z_k <- z_K with probability p_aug, for k_min <= k <= K - k_tail              (13), l. 7-12
+    z_k <- z_K with probability p_aug, for 1 <= k <= K - 3                       (13), l. 7-12
 
 Three stores with one interface: `Memory` and `Disk` hold every trajectory of the train split,
 `Rolling` a bounded window of them, made on the fly, each used `reuse` times and then replaced (in
 full, ImageNet would take 13 TB). `plan` picks one by its bytes.
 
     store.batch(step) -> x, y, rows       what to train on at this step: a pure function of the step
+    store.ends(rows) -> z_K               of those samples, (B, ...)
     store.states(rows, ks) -> states      z_k of those samples: ks (B, n) -> n tensors (B, ...)
 
-Departs from the paper: z_0 = 0 by default, as its footnote 1 has it and inference does (Alg. 4
-draws it from N(0, I)). Eq. 13 is drawn anew at every use instead of once into the cache: it only
-redirects an index, and a fixed draw would hide the same states from the student for good.
+Only the recipe `paper` asks for `states`. The default one asks for `ends`, and its store keeps
+nothing else: one state of each sample instead of K + 1.
+
+Departs from the paper: z_0 = 0, as its footnote 1 has it and inference does (Alg. 4 draws it from
+N(0, I)). Eq. 13 is drawn anew at every use instead of once into the cache: it only redirects an
+index, and a fixed draw would hide the same states from the student for good.
 """
 
 import itertools
@@ -36,41 +40,37 @@ from checkpoint import UsageError, atomic
 from models import Equilibrium
 from tasks import Split, positions
 
-Solve = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), rows (B,) -> trajectory (K + 1, B, ...)
+Solve = Callable[[Tensor], Tensor]  # x (B, ...) -> states (n, B, ...), the last one z_K
+K_MIN, K_TAIL = 1, 3  # of Eq. 13: the first step that may be replaced, and the last ones that stay
 
 
 @torch.no_grad()
-def sample(net: Equilibrium, x: Tensor, rows: Tensor, K: int, z0: str, **solver) -> Tensor:
-    """The teacher's trajectory on x: (K + 1, B, state...), z_K standing for z*.
-
-    z0: "zeros", or "normal", drawn for each sample from its row so that it is always the same.
-    """
+def sample(net: Equilibrium, x: Tensor, K: int, ends: bool = False, **solver) -> Tensor:
+    """The teacher's trajectory on x: (K + 1, B, state...), z_K standing for z*; with `ends` z_K
+    alone, (1, B, state...)."""
     u = net.inject(x)
-    start = net.initial(u)
-    if z0 == "normal":
-        for i, row in enumerate(rows.tolist()):  # Alg. 4, l. 1
-            generator = torch.Generator().manual_seed(row)
-            start[i] = torch.randn(start[i].shape, generator=generator).to(start)
-    f = lambda z: net.f(z, u)  # noqa: E731
-    return anderson(f, start, K, sample_dims=net.sample_dims, **solver)  # Alg. 4, l. 2-5
+    options = dict(sample_dims=net.sample_dims, last=ends, **solver)
+    states = anderson(lambda z: net.f(z, u), net.initial(u), K, **options)  # Alg. 4, l. 1-5
+    return states[None] if ends else states
 
 
-def augment(ks: Tensor, draws: Tensor, p_aug: float, k_min: int, k_tail: int) -> Tensor:
+def augment(ks: Tensor, draws: Tensor, p_aug: float) -> Tensor:
     """Redirects steps ks (B, n) to K where their state is replaced by z_K; draws (B, K + 1) in
     [0, 1), one per state, so that every view of the same trajectory sees the same replacement."""
     K = draws.shape[1] - 1
     k = torch.arange(K + 1, device=ks.device)
-    replaced = (draws < p_aug) & (k >= k_min) & (k <= K - k_tail)
+    replaced = (draws < p_aug) & (k >= K_MIN) & (k <= K - K_TAIL)
     return torch.where(replaced.gather(1, ks), K, ks)  # Eq. 13; Alg. 4, l. 7-12
 
 
-def plan(n: int, state: torch.Size, K: int, dtype: torch.dtype, cache_gb: float, disk_gb: float):
-    """Which store fits n trajectories, and the arithmetic in words: (kind, message)."""
-    each = (K + 1) * state.numel() * dtype.itemsize
+def plan(n: int, states: int, size: int, dtype: torch.dtype, cache_gb: float, disk_gb: float):
+    """Which store fits n samples with so many states of `size` numbers each, and the arithmetic in
+    words: (kind, message)."""
+    each = states * size * dtype.itemsize
     full = n * each / 1e9
     kind = "memory" if full <= cache_gb else "disk" if full <= disk_gb else "rolling"
     return kind, (
-        f"trajectories: {n:,} samples x {K + 1} states x {state.numel():,} numbers x "
+        f"trajectories: {n:,} samples x {states} state{'s' * (states > 1)} x {size:,} numbers x "
         f"{dtype.itemsize} bytes = {full:.3g} GB; memory budget {cache_gb:g} GB, disk budget "
         f"{disk_gb:g} GB: {kind} store"
     )
@@ -115,9 +115,9 @@ class Memory:
         )
 
     def solve(self, solve: Solve, first: int) -> Tensor:
-        """Trajectories of samples first .. first + chunk as stored: (chunk, K + 1, state...)."""
+        """States of samples first .. first + chunk as stored: (chunk, n, state...)."""
         rows = torch.arange(first, min(first + self.chunk, len(self.split)))
-        return solve(self.split.batch(rows)[0], rows).transpose(0, 1).to("cpu", self.dtype)
+        return solve(self.split.batch(rows)[0]).transpose(0, 1).to("cpu", self.dtype)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         first = step * self.local * self.world
@@ -127,6 +127,9 @@ class Memory:
 
     def states(self, rows: Tensor, ks: Tensor) -> tuple[Tensor, ...]:
         return self.z[rows[:, None], ks].unbind(1)
+
+    def ends(self, rows: Tensor) -> Tensor:
+        return self.states(rows, torch.full((len(rows), 1), -1))[0]
 
 
 class Disk(Memory):
@@ -241,12 +244,11 @@ class Rolling(Memory):
     def replace(self, number: int) -> None:
         """Solves chunk `number` into the place of the oldest one."""
         if self.stream is None or self.next != number:
-            streams = (self.split.stream(self.keys(number), self.workers), self.keys(number))
-            self.stream = zip(*streams, strict=True)
-        (x, y), (rows, _) = next(self.stream)
+            self.stream = self.split.stream(self.keys(number), self.workers)
+        x, y = next(self.stream)
         self.next, start = number + 1, time.perf_counter()
-        parts = zip(x.split(self.at_once), rows.split(self.at_once), strict=True)
-        z = [self.solver(*part).transpose(0, 1).to("cpu", self.dtype) for part in parts]
+        parts = x.split(self.at_once)
+        z = [self.solver(part).transpose(0, 1).to("cpu", self.dtype) for part in parts]
         self.seconds += time.perf_counter() - start
         if self.z is None:
             slots = self.reuse * self.chunk

@@ -16,7 +16,7 @@ from torch import nn
 from anderson import anderson, picard
 from fpode import TimeMap, contraction, field, propose_rho, rk4
 from infer import cdeq
-from losses import Distillation
+from losses import OwnRun
 from models import Cell, Equilibrium
 from student import Student
 
@@ -44,22 +44,30 @@ class Plane(Equilibrium):
     def initial(self, u):
         return u.new_zeros(len(u), 2)
 
+    def head(self, z):
+        return z  # there is no task, and no prediction to be learned
+
+
+class PlaneStart(nn.Linear):
+    """A guess of z* from u."""
+
+    def forward(self, u):
+        return [super().forward(torch.tanh(u))]
+
 
 def distil(net: Equilibrium, x: torch.Tensor, updates: int = 400) -> Student:
     """A student of its own states and where Anderson's iteration ends, its running average left
-    out; there is no head, so no prediction either."""
+    out."""
     u = net.inject(x)
     states = anderson(lambda z: net.f(z, u), net.initial(u), K)
-    student = Student(net, TimeMap(propose_rho(contraction(states), K), K), first=True)
-    student.fit_first([(states[0], states[-1], u)])
-    loss, adam = (
-        Distillation(net, student, student, kl=0),
-        torch.optim.Adam(student.parameters(), 2e-3),
-    )
+    student = Student(net, TimeMap(propose_rho(contraction(states), K), K), anderson=False)
+    student.start = PlaneStart(16, 2)
+    loss, adam = OwnRun(net, student), torch.optim.Adam(student.parameters(), 2e-3)
     for _ in range(updates):
         times = student.times.schedule(int(torch.randint(1, 9, ())), DECAY)
         adam.zero_grad()
-        loss.own_states(u, times, states[-1])["rollout"].backward()
+        terms = loss(x, states[-1], times)
+        (terms["distance"] + terms["start"]).backward()
         adam.step()
     return student.requires_grad_(False)
 

@@ -48,6 +48,10 @@ class Cell(nn.Module):
         since the student's W goes in between."""
         raise NotImplementedError
 
+    def start(self) -> nn.Module | None:
+        """A network of at most a quarter of f's FLOPs that guesses the features of z* from u; its
+        last layers are called `out`. None: there is none, and students begin at z_0."""
+
     def features(self, z: Tensor) -> list[Tensor]:
         """Views of z with channels last, one per branch, sample dimensions first."""
         return [z]

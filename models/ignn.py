@@ -152,6 +152,20 @@ class Cayley(nn.Module):
         return self.kappa * self.size.sigmoid() * orthogonal * self.D
 
 
+class GraphStart(nn.Module):
+    """A guess of z* from u: two narrow linear maps of each node's injection, beside a multiple of
+    each of its channels, which costs nothing and carries what the narrow ones cannot."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        width = max(4, d // 8)
+        self.scale = nn.Parameter(torch.zeros(d))
+        self.wide, self.out = nn.Linear(d, width), nn.Linear(width, d)
+
+    def forward(self, u: Tensor) -> list[Tensor]:
+        return [torch.addcmul(self.out(self.wide(u).relu()), u, self.scale)]
+
+
 class GraphCell(Cell):
     """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d)."""
 
@@ -165,6 +179,9 @@ class GraphCell(Cell):
     @torch.no_grad()
     def project(self) -> None:
         self.W.copy_(project_rows(self.W, self.kappa))
+
+    def start(self) -> GraphStart:
+        return GraphStart(*self.channels)
 
     def linear(self, z: Tensor, u: Tensor) -> Tensor:
         """A z W^T + u."""

@@ -11,87 +11,23 @@ f is the teacher's, frozen; no labels are used. The initialiser is a small convo
 sequences: a causal one) or two linear maps (graphs). IGNN-Solver's compression is a graph network.
 
 Shapes: z (B, state...), P problems of sample_dims leading dimensions, each with a and beta of its
-own, as in anderson.py. NFE counts f, and the start where that is f-sized (`start_share`); a step's
-own networks are a fraction of f, and their time is in every table.
+own, as in anderson.py. NFE counts f. The start is at most a quarter of it (a test counts FLOPs), a
+step's own networks less, and their time is in every table.
 
 Departs from the paper: a_i and beta start as Picard's (the newest state, 1), not at random.
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from anderson import Map, accumulator, iterate
-from models import Cell, Equilibrium
+from models import Equilibrium
 from models.ignn import GraphCell
-from models.mdeq import MDEQCell, conv
-from models.transformer import Context, TransformerCell
 
 WIDTH = 20  # numbers that a residual is compressed to
-
-
-class ImageStart(nn.Module):
-    """Branch 0 from u; each lower branch from the one above, halved."""
-
-    def __init__(self, channels: tuple[int, ...]):
-        super().__init__()
-        C = channels[0]
-        self.first = nn.Sequential(conv(C, C, 3), nn.GroupNorm(4, C), nn.ReLU())
-        pairs = pairwise(channels)
-        self.lower = nn.ModuleList(nn.Sequential(conv(a, b, 3, 2), nn.ReLU()) for a, b in pairs)
-        self.out = nn.ModuleList(conv(C, C, 1, bias=True) for C in channels)
-
-    def forward(self, u: Tensor) -> list[Tensor]:
-        maps = [self.first(u)]
-        for lower in self.lower:
-            maps.append(lower(maps[-1]))
-        return [out(v).permute(0, 2, 3, 1) for out, v in zip(self.out, maps, strict=True)]
-
-
-class TextStart(nn.Module):
-    """A causal convolution over the injection of three positions."""
-
-    def __init__(self, d: int, width: int = 200):
-        super().__init__()
-        self.wide, self.out = nn.Conv1d(3 * d, width, 3), nn.Conv1d(width, d, 1)
-
-    def forward(self, u: Context) -> list[Tensor]:
-        M = u.states.shape[1]
-        before = F.pad(u.u.mT, (2, 0))[..., M:]  # the last two of the memory, or zeros
-        return [self.out(self.wide(before).relu()).mT]
-
-
-class GraphStart(nn.Module):
-    """Two linear maps of each node's injection."""
-
-    def __init__(self, d: int, width: int = 32):
-        super().__init__()
-        self.wide, self.out = nn.Linear(d, width), nn.Linear(width, d)
-
-    def forward(self, u: Tensor) -> list[Tensor]:
-        return [self.out(self.wide(u).relu())]
-
-
-def start_for(cell: Cell) -> nn.Module:
-    """The network u -> features of z_0 for this kind of cell; `out` are its last layers."""
-    kinds = ((MDEQCell, ImageStart), (TransformerCell, TextStart), (GraphCell, GraphStart))
-    start = next(start for kind, start in kinds if isinstance(cell, kind))
-    return start(cell.channels if start is ImageStart else cell.channels[0])
-
-
-@torch.no_grad()
-def start_share(start: nn.Module, net: Equilibrium, u) -> float:
-    """FLOPs of a start as a share of those of one evaluation of f."""
-    flops = []
-    for part in (lambda: start(u), lambda: net.f(net.initial(u), u)):
-        with FlopCounterMode(display=False) as counter:
-            part()
-        flops.append(counter.get_total_flops())
-    return flops[0] / max(1, flops[1])
 
 
 class LearnedSolver(nn.Module):
@@ -105,7 +41,7 @@ class LearnedSolver(nn.Module):
             raise ValueError("ignn-solver needs a network of a graph")
         self.teacher = (net,)  # in a tuple: no part of this module
         self.m, self.graph_net = m, graph_net
-        self.start = start_for(cell)
+        self.start = cell.start()
         self.compress = nn.ModuleList(nn.Linear(C, WIDTH) for C in cell.channels)
         self.mix = nn.Linear(WIDTH, WIDTH)
         self.over_window = nn.Sequential(

@@ -108,6 +108,24 @@ def transfer(channels: tuple[int, ...], j: int, i: int, groups: int) -> nn.Modul
     return nn.Sequential(*layers[:-1])
 
 
+class ImageStart(nn.Module):
+    """A guess of z* from u: branch 0, and each lower branch from the one above, halved."""
+
+    def __init__(self, channels: tuple[int, ...]):
+        super().__init__()
+        C = channels[0]
+        self.first = nn.Sequential(conv(C, C, 3), nn.GroupNorm(4, C), nn.ReLU())
+        pairs = pairwise(channels)
+        self.lower = nn.ModuleList(nn.Sequential(conv(a, b, 3, 2), nn.ReLU()) for a, b in pairs)
+        self.out = nn.ModuleList(conv(C, C, 1, bias=True) for C in channels)
+
+    def forward(self, u: Tensor) -> list[Tensor]:
+        maps = [self.first(u)]
+        for lower in self.lower:
+            maps.append(lower(maps[-1]))
+        return [out(v).permute(0, 2, 3, 1) for out, v in zip(self.out, maps, strict=True)]
+
+
 class MDEQCell(Cell):
     """f of the multiscale DEQ; u (B, C_0, H, W) is injected into branch 0 alone.
 
@@ -162,6 +180,9 @@ class MDEQCell(Cell):
                 for row, post in zip(self.fuse, self.post, strict=True)
             ]
         return [v.permute(0, 2, 3, 1) for v in y]
+
+    def start(self) -> ImageStart:
+        return ImageStart(self.channels)
 
 
 class Stem(nn.Sequential):

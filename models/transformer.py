@@ -123,6 +123,19 @@ class AdaptiveSoftmax(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
+class TextStart(nn.Module):
+    """A guess of z* from u: a causal convolution over three positions."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.wide, self.out = nn.Conv1d(3 * d, d // 4, 3), nn.Conv1d(d // 4, d, 1)
+
+    def forward(self, u: Context) -> list[Tensor]:
+        M = u.states.shape[1]
+        before = F.pad(u.u.mT, (2, 0))[..., M:]  # the last two of the memory, or zeros
+        return [self.out(self.wide(before).relu()).mT]
+
+
 class TransformerCell(Cell):
     """f itself. reach: the farthest distance that attention sees."""
 
@@ -138,6 +151,9 @@ class TransformerCell(Cell):
         self.b_w, self.b_r = (nn.Parameter(torch.zeros(heads, d // heads)) for _ in range(2))
         # One mask for all positions of a sequence and all steps of a solve.
         self.drops = nn.ModuleList(VariationalDropout(dropout, dim=-1) for _ in range(4))
+
+    def start(self) -> TextStart:
+        return TextStart(*self.channels)
 
     def forward(self, z: Tensor, u: Context) -> list[Tensor]:
         drop_r, drop_attention, drop_inner, drop_out = self.drops

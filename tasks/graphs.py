@@ -44,7 +44,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SMALL = dict(
     batch=WORLD, cache_gb=8.0, augment=False, save_every=200, layers=8, before=16,
     teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
-    student_steps=400, student_lr=5e-3, own_injection=True, first=True,
+    student_steps=400, student_lr=5e-3,
 )  # fmt: skip
 LARGE = SMALL | dict(
     batch=WORLD, save_every=20, dropout=0.2, layers=4,
@@ -145,7 +145,6 @@ def node_task(
         defaults=defaults,
         note=note,
         margin=0.3,
-        decays=(0.8, 0.9, 0.95),
         explicit=explicit,
         references=references,
         learned=("hyperdeq", "ignn-solver"),

@@ -41,7 +41,6 @@ def image_task(name: str, train, valid, test, classes: tuple[str, ...], **more) 
     family = more.pop("family", name)
     presets = tuple(p for p in PRESETS if p == family or p.startswith(f"{family}-"))
     size, read = more.pop("size", None), more.pop("read")
-    defaults = dict(start=True) | more.pop("defaults", {})
 
     def network(settings: dict) -> MDEQ:
         chosen = dict(PRESETS[settings["preset"]])
@@ -66,7 +65,6 @@ def image_task(name: str, train, valid, test, classes: tuple[str, ...], **more) 
         score=accuracy,
         read=read,
         classes=classes,
-        defaults=defaults,
         **more,
     )
 
@@ -99,7 +97,7 @@ def digits_hard(data: Path) -> Task:
         parts.append(Split(*views.batch(seeds, seeds), draws=DRAWS))
     return image_task(
         "digits-hard", *parts, tuple("0123456789"), read=read_digit, family="digits",
-        defaults=dict(teacher_steps=2000, store="rolling", save_every=100),  # new views all along
+        defaults=dict(teacher_steps=3000, store="rolling", save_every=100),  # new views all along
     )  # fmt: skip
 
 

@@ -205,9 +205,7 @@ def text_task(
 
     def network(settings: dict) -> DEQTransformer:
         chosen = PRESETS[settings["preset"]]
-        net = DEQTransformer(len(known), segment=segment, memory=memory, **chosen)
-        net.sample_dims = 2 if settings.get("per_token", True) else 1
-        return net
+        return DEQTransformer(len(known), segment=segment, memory=memory, **chosen)
 
     return Task(
         name=name,
@@ -220,11 +218,9 @@ def text_task(
         score=None,
         read=lambda line: encode(line.split(), known, "--prompt")[None],
         classes=tuple(known),
-        options=("per_token", "own_memory"),
         said=said,
         margin=0.05,
         choice=4,  # streams: an eighth of the words
-        decays=(0.5, 0.8, 0.95),
         explicit=functools.partial(language, words=len(known), segment=segment, memory=memory),
         **dict(references=("transformer-xl", "tcn"), unmeasured=("gcnn", "awd-qrnn")) | more,
     )
@@ -267,7 +263,7 @@ def folder(data: Path, segment: int = 64, memory: int = 64) -> Task:
 
 def embedded(data: Path, segment: int = 32, memory: int = 32) -> Task:
     """The embedded text; `data` is not used."""
-    defaults = LITTLE | dict(teacher_steps=3000, student_steps=600, first=True, explicit_steps=3000)
+    defaults = LITTLE | dict(teacher_steps=3000, student_steps=600, explicit_steps=3000)
     known, texts = read_docstrings()
     ids = [encode(texts[part], known, "docstrings") for part in PARTS]
     more = dict(presets=("transformer-tiny",), defaults=defaults, references=(), unmeasured=())

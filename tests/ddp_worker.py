@@ -14,7 +14,7 @@ import compare
 import infer
 import runs
 from fpode import TimeMap
-from losses import Distillation, TeacherLoss
+from losses import Distillation, OwnRun, TeacherLoss
 from models.mdeq import MDEQ
 from models.transformer import DEQTransformer
 from student import Student
@@ -39,52 +39,38 @@ def gap(module, network, batch) -> float:
         return v[len(v) // world * rank : len(v) // world * (rank + 1)]
 
     whole = gradients(module, network, batch)
-    shares = tuple(shard(v) if i < 6 else v for i, v in enumerate(batch))
-    parts = gradients(DistributedDataParallel(module), network, shares)
+    parts = gradients(DistributedDataParallel(module), network, tuple(map(shard, batch)))
     return ((whole - parts).abs().max() / whole.abs().max()).item()
 
 
-def text_gaps() -> tuple[float, float]:
-    """Those of a language model's student, half of each window being memory, and teacher."""
-    torch.manual_seed(0)
-    net = DEQTransformer(40, 16, 2, 24, (20,), segment=5, memory=5)
-    student = Student(net, TimeMap(rho=0.3, K=6))
+def gaps(net, x, y, past=()) -> list[float]:
+    """Those of a teacher and of its students by both recipes; past: arguments for the memory."""
+    plain, ours = (Student(net, TimeMap(rho=0.3, K=6), start=start) for start in (False, True))
     frozen = copy.deepcopy(net).requires_grad_(False)
-    module = Distillation(frozen, student, copy.deepcopy(student).requires_grad_(False))
-    x, y = torch.randint(40, (2, 8, 10))
-    k, states = torch.arange(8) % 6, tuple(torch.randn(5, 8, 10, 16))
-    times = student.times.schedule(3, 0.8)
-    batch = (x, y, k, k + 1, states, torch.ones(8), times, 5, True)
-    probe = torch.randn(8, 10, 16)
-    return gap(module, student, batch), gap(TeacherLoss(net), net, (x, y, 2, 2, probe))
+    z_K = torch.randn_like(frozen.initial(frozen.inject(x)))
+    states = (*torch.randn(3, *z_K.shape), z_K)
+    paper = Distillation(frozen, plain, copy.deepcopy(plain).requires_grad_(False))
+    k = torch.tensor([1, 2, 3, 4, 5, 6, 1, 1])
+    return [
+        gap(TeacherLoss(net), net, (x, y, 2, 2, torch.randn_like(z_K))),
+        gap(paper, plain, (x, y, k, states, torch.ones(8), *past[:1])),
+        gap(OwnRun(frozen, ours), ours, (x, z_K, ours.times.schedule(3, 0.8), *past)),
+    ]
 
 
 def main(folder: str) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     net = MDEQ((1, 8, 8), 10, channels=(8, 8), head=(4, 4), final=16)
-    student = Student(net, TimeMap(rho=0.3, K=6), start=True)
-    x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
-    z = torch.randn(7, 8, sum(net.cell.sizes))
-    k = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0])
-    states = tuple(z[i] for i in (0, 1, 1, 2, 6))
-    times = student.times.schedule(3, 0.8)
-    frozen = copy.deepcopy(net).requires_grad_(False)
-    ema = copy.deepcopy(student).requires_grad_(False)
-    distillation = Distillation(frozen, student, ema)
-    batch = (x, y, k, k + 1, states, torch.ones(8), times)
-    teacher = TeacherLoss(net)
-    gaps = (
-        gap(distillation, student, batch),
-        gap(teacher, net, (x, y, 2, 2, torch.randn_like(z[0]))),
-    )
-    gaps += text_gaps()
+    found = gaps(net, torch.randn(8, 1, 8, 8), torch.arange(8))
+    net = DEQTransformer(40, 16, 2, 24, (20,), segment=5, memory=5)
+    found += gaps(net, *torch.randint(40, (2, 8, 10)), (5, True))  # half of a window is memory
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
     # One by one: batches of other sizes round otherwise.
     row = infer.evaluate(run, compare.methods(run), odd, (2,), batch=1)["cdeq"][0]
     if dist.get_rank() == 0:
-        print("GAPS", *gaps, "VALUE", row["value"], row["distance"], flush=True)
+        print("GAPS", *found, "VALUE", row["value"], row["distance"], flush=True)
     runs.leave()
 
 

@@ -202,7 +202,7 @@ def train_times():
 def test_the_papers_sizes(name, features, classes, size):
     """Table 3: 0.15 M and 0.17 M; a student that shares the injection adds 0.01 M."""
     net = IGNN(random_graph(), features, classes, **graphs.PAPER[name])
-    student = Student(net, train_times(), own_injection=False, first=False)
+    student = Student(net, train_times())
     count = [sum(p.numel() for p in module.parameters()) for module in (net, student)]
     assert count[0] == pytest.approx(size, rel=0.01) and round(count[1], -4) == 1e4
 

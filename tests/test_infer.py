@@ -70,7 +70,7 @@ def test_anytime_saves_the_evaluations_of_finished_samples(net, student, batch):
 def test_evaluation_counts_what_it_declares(tiny_run):
     """A method that evaluates more often than its NFE says is caught."""
     run = infer.open_run(tiny_run, device="cpu")
-    method = infer.counted(*run.students[""])
+    method = infer.counted(run.teacher, *run.students[""])
     cheat = replace(method, solve=lambda z0, u, nfe: method.solve(z0, u, nfe + 1))
     infer.evaluate(run, {"cdeq": method}, run.task.valid, (1, 2))
     with pytest.raises(AssertionError, match="cheat: 6 evaluations were made, 4 declared"):

@@ -53,7 +53,7 @@ def tiny_flags(task: str) -> list[str]:
         flags = [*test_images.TINY, "--explicit_steps=2", "--cache_gb=0.02", "--reuse=2"]
     else:
         flags = [*TINY, "--workers=0"]
-    return [*(flag for flag in flags if "--task" not in flag), "--solver_updates=2"]
+    return [*(flag for flag in flags if "--task" not in flag)]
 
 
 def small_world(folder: Path) -> None:

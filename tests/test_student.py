@@ -7,7 +7,7 @@ import torch
 
 from anderson import Counter, anderson
 from fpode import TimeMap
-from losses import Distillation, TeacherLoss, distance, divergence, total
+from losses import Distillation, OwnRun, TeacherLoss, distance, divergence, total
 from student import Student, update_ema
 
 from .conftest import TanhNet
@@ -89,20 +89,13 @@ def test_distance_is_relative_per_sample_and_branch(net, batch):
     )
 
 
-def test_huber_is_quadratic_for_small_and_linear_for_large_errors(net, batch):
-    _, z = batch
-    small, one, two = (
-        distance((1 + c) * z[6], z[6], net.cell, "huber").mean() for c in (0.001, 10.0, 20.0)
-    )
-    assert small.item() == pytest.approx(1e-6, rel=0.05)
-    assert (two / one).item() == pytest.approx(2.0, rel=0.02)
-
-
 def test_total_weighs_the_terms():
-    """Eq. 11."""
+    """Eq. 11, and the two terms of the default recipe."""
     terms = {"global": torch.tensor(1.0), "local": torch.tensor(2.0), "task": torch.tensor(4.0)}
-    weights = dict(lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0, kl=1.0)
-    assert total(terms, **weights).item() == pytest.approx(0.8 + 0.4 + 0.2)
+    assert total(terms, lam1=0.8, lam2=0.05, kl=0.5).item() == pytest.approx(0.8 + 0.4 + 0.2)
+    values = {"distance": 1.0, "prediction": 2.0, "start": 4.0}
+    terms = {name: torch.tensor(value) for name, value in values.items()}
+    assert total(terms, lam1=0.8, lam2=0.05, kl=0.25).item() == pytest.approx(0.75 + 0.5 + 4)
 
 
 def test_loss_terms_are_the_equations(net, student, batch):
@@ -111,34 +104,35 @@ def test_loss_terms_are_the_equations(net, student, batch):
     x = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         u = net.inject(x)
-    k, j = torch.tensor([0, 1, 2, 5]), torch.tensor([1, 2, 3, 6])
+    k = torch.tensor([1, 2, 3, 6])
     ema = copy.deepcopy(student)
     torch.nn.init.normal_(ema.W[0].weight, std=0.3)
-    module = Distillation(net, student, ema)
     pick = lambda steps: z[steps.clamp(min=0), torch.arange(4)]  # noqa: E731
-    states = (pick(k - 1), pick(k), pick(j - 1), pick(j), z[6])
+    states = (pick(k - 2), pick(k - 1), pick(k), z[6])
     y = torch.tensor([1, 2, 3, 4])
     early = torch.tensor([2.0, 2.0, 0.0, 0.0])
-    terms = module(x, y, k, j, states, early, None)
-    t = student.times.t
-    g = student.g(pick(k), pick(k - 1), t(k), t((k - 1).clamp(min=0)), u)
-    target = ema.g(pick(j), pick(k), t(j), t(k), u)
+    terms = Distillation(net, student, ema)(x, y, k, states, early)
+    t = lambda k: student.times.t(k.clamp(min=0))  # noqa: E731
+    g = student.g(pick(k), pick(k - 1), t(k), t(k - 1), u)
+    target = ema.g(pick(k - 1), pick(k - 2), t(k - 1), t(k - 2), u)
     ce = torch.nn.functional.cross_entropy(net.head(student.h(pick(k), t(k), u))[:2], y[:2])
     assert terms["global"].item() == pytest.approx(distance(g, z[6], net.cell).mean().item())
     assert terms["local"].item() == pytest.approx(distance(g, target, net.cell).mean().item())
     assert terms["task"].item() == pytest.approx(ce.item(), rel=1e-5)
 
 
-def test_no_gradient_reaches_teacher_or_ema(net, student, batch):
+@pytest.mark.parametrize("recipe", ["own-run", "paper"])
+def test_no_gradient_reaches_teacher_or_ema(net, student, batch, recipe):
     """Alg. 2: only phi is trained."""
     _, z = batch
     ema = copy.deepcopy(student).requires_grad_(False)
     net.requires_grad_(False)
-    k = torch.tensor([1, 2, 3, 4])
-    states = (z[0], z[1], z[1], z[2], z[6])
-    times = student.times.schedule(4, 0.8)
-    module = Distillation(net, student.requires_grad_(True), ema)
-    terms = module(torch.randn(4, 1, 8, 8), k, k, k + 1, states, torch.ones(4), times)
+    student.requires_grad_(True)
+    x, k = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
+    if recipe == "paper":
+        terms = Distillation(net, student, ema)(x, k, k, (z[0], z[1], z[2], z[6]), torch.ones(4))
+    else:
+        terms = OwnRun(net, student)(x, z[6], student.times.schedule(4, 0.8))
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for p in (*net.parameters(), *ema.parameters()))
@@ -148,14 +142,16 @@ def test_own_states_are_those_of_inference(net, student, batch):
     """The default recipe trains where Alg. 1 stands after each of J steps, with J evaluations."""
     from infer import cdeq
 
-    u, z = batch
+    _, z = batch
+    x = torch.randn(4, 1, 8, 8)
+    u = student.inject(x).detach()
     student.h = counter = Counter(student.h)
     times = student.times.schedule(5, 0.8)
-    terms = Distillation(net, student, student).own_states(u, times, z[6])
+    terms = OwnRun(net, student)(x, z[6], times)
     assert counter.nfe == 5
     own = cdeq(student, net.initial(u), u, 5, 0.8)[1:]
     expected = torch.stack([distance(v, z[6], net.cell).mean() for v in own]).mean()
-    assert terms["rollout"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert terms["distance"].item() == pytest.approx(expected.item(), rel=1e-4)
     p, q = net.head(z[6]).softmax(-1), torch.stack([net.head(v) for v in own]).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     assert terms["prediction"].item() == pytest.approx(expected.item(), rel=1e-3)
@@ -170,8 +166,8 @@ def test_the_divergence_is_zero_for_the_same_prediction_alone():
 
 @pytest.fixture
 def richer(net):
-    """A student with a W of its own at t_0, a start and an injection of its own."""
-    return Student(net, TimeMap(rho=0.3, K=6), own_injection=True, first=True, start=True)
+    """A student with a start and an injection of its own."""
+    return Student(net, TimeMap(rho=0.3, K=6), own_injection=True, start=True)
 
 
 def test_a_fresh_student_is_the_same_with_every_option(net, student, richer):
@@ -182,18 +178,6 @@ def test_a_fresh_student_is_the_same_with_every_option(net, student, richer):
     z[t == student.times.eps] = 0  # a fresh start's guess
     same = zip(richer.history(z, t, u), student.history(z, t, u), strict=True)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in same)
-
-
-def test_w_0_stands_in_for_w_at_t_0_alone(richer, batch):
-    """One time for all samples, or one for each: the same."""
-    u, z = batch
-    for p in richer.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    t = richer.times.t(torch.tensor([0, 3, 0, 5]))
-    mixed = richer.h(z[2], t, u)
-    for i in range(4):
-        alone = richer.h(z[2, i : i + 1], t[i].item() if i % 2 else richer.times.eps, u[i : i + 1])
-        assert torch.allclose(mixed[i], alone[0], atol=1e-5)
 
 
 def test_a_start_stands_in_for_z_0_alone(richer, batch):
@@ -214,25 +198,11 @@ def test_a_start_stands_in_for_z_0_alone(richer, batch):
 def test_a_start_has_a_loss_of_its_own(net, richer, batch):
     """d(start(u), z_K): 1 for a fresh one, which is 0, and a gradient that f has no part in."""
     _, z = batch
-    x, y = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
-    terms = Distillation(net, richer, richer)(x, y, None, None, (z[6],), None, None)
-    assert [*terms] == ["start"] and terms["start"].item() == pytest.approx(1)
-    total(terms, lam1=0.8, lam2=0.05, trajectory=1.0, rollout=1.0, kl=1.0).backward()
+    terms = OwnRun(net, richer)(torch.randn(4, 1, 8, 8), z[6], richer.times.schedule(1, 0.8))
+    assert terms["start"].item() == pytest.approx(1)
+    terms["start"].backward()
     assert all(out.bias.grad.abs().sum() > 0 for out in richer.start.out)
     assert all(p.grad is None for p in richer.cell.parameters())
-
-
-def test_w_0_starts_as_the_least_squares_map(net, richer, batch):
-    """Where z_K is an affine map of f(z_0)'s channels, that map is found from batches."""
-    u, z = batch
-    torch.manual_seed(2)
-    maps = [torch.nn.Linear(8, 8) for _ in range(2)]
-    with torch.no_grad():
-        features = net.features(net.f(z[0], u))
-        z_K = net.cell.join([M(v) for M, v in zip(maps, features, strict=True)])
-        richer.fit_first((z[0, i], z_K[i], u[i]) for i in (slice(0, 1), slice(1, 4)))
-        fitted = richer.h(z[0], richer.times.eps, u)
-    assert torch.allclose(fitted, z_K, atol=1e-2)
 
 
 def test_an_injection_of_its_own_leaves_the_teachers_alone(net, richer):

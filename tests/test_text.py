@@ -1,6 +1,5 @@
 """The DEQ-Transformer against the published one, causality, and words that count once."""
 
-import dataclasses
 import math
 import re
 
@@ -14,7 +13,7 @@ from anderson import anderson, picard
 from checkpoint import UsageError
 from config import parse
 from fpode import TimeMap
-from losses import Distillation
+from losses import Distillation, OwnRun, distance
 from models.transformer import AdaptiveEmbedding, AdaptiveSoftmax, DEQTransformer, published, sizes
 from models.transformer import shift as relative_shift
 from student import Student
@@ -249,20 +248,22 @@ def test_folded_weights_and_a_fresh_student_are_the_teacher():
 
 
 def test_distillation_takes_the_first_half_of_a_window_for_memory():
-    """With past = M the global loss is that of the second half given the first one's z_K."""
+    """With past = M the losses are those of the second half given the first one's z_K, or given
+    what the student's own run makes of it."""
     net = transformer()
-    student = Student(net, TimeMap(0.3, 8))
-    module = Distillation(net.requires_grad_(False), student, student)
-    x, y, z = words(3, 10), words(3, 10, seed=1), torch.randn(5, 3, 10, D)
-    k = torch.tensor([0, 1, 2])
-    terms = module(x, y, k, k + 1, z.unbind(), None, None, past=5)
+    student = Student(net.requires_grad_(False), TimeMap(0.3, 8))
+    x, y, z = words(3, 10), words(3, 10, seed=1), torch.randn(4, 3, 10, D)
+    k, later = torch.tensor([1, 2, 3]), [v[:, 5:] for v in z]
     u = net.inject(x[:, :5])
-    u = net.inject(x[:, 5:], net.remember(u, z[4][:, :5]))
-    terms_2 = module.on_trajectory(y[:, 5:], u, u, k, k + 1, [v[:, 5:] for v in z.unbind()], None)
-    assert torch.equal(terms["global"], terms_2["global"])
-    times = student.times.schedule(2, 0.8)
-    own = module(x, y, k, k + 1, z.unbind(), None, times, past=5, own_memory=True)
-    assert not torch.allclose(own["global"], terms["global"])
+    u = net.inject(x[:, 5:], net.remember(u, z[3][:, :5]))
+    paper = Distillation(net, student, student)
+    terms = paper(x, y, k, z.unbind(), torch.ones(3), past=5)
+    assert terms == paper.terms(u, y[:, 5:], k, later, torch.ones(3))
+    times, own = student.times.schedule(2, 0.8), OwnRun(net, student)
+    states = infer.cdeq(student, net.initial(u), u, 2, 0.8)[1:]
+    expected = torch.stack([distance(v, z[3][:, 5:], net.cell).mean() for v in states]).mean()
+    assert torch.allclose(own(x, z[3], times, past=5)["distance"], expected)
+    assert not torch.allclose(own(x, z[3], times, past=5, own=True)["distance"], expected)
 
 
 def test_words_keep_their_case_and_lines_their_ends(tmp_path):
@@ -317,7 +318,7 @@ def test_windows_cover_the_train_split():
 
 def test_perplexity_is_the_same_for_any_batch_and_counts_every_word(run_folder):
     run = infer.open_run(run_folder, device="cpu")
-    methods = {"cdeq": infer.counted(*run.students[""])}
+    methods = {"cdeq": infer.counted(run.teacher, *run.students[""])}
     x, y = run.task.test.x[:5, :40], run.task.test.y[:5, :40].clone()
     y[4, 20:] = -1
     rows = [infer.evaluate(run, methods, Split(x, y), (1, 3), batch)["cdeq"] for batch in (1, 2, 5)]
@@ -337,7 +338,7 @@ def test_perplexity_is_the_same_for_any_batch_and_counts_every_word(run_folder):
 
 def test_own_and_the_teachers_memory_differ_and_none_is_a_third(run_folder):
     run = infer.open_run(run_folder, device="cpu")
-    methods = {"cdeq": infer.counted(*run.students[""])}
+    methods = {"cdeq": infer.counted(run.teacher, *run.students[""])}
     part = Split(run.task.test.x[:4, :64], run.task.test.y[:4, :64])
     values = {
         infer.evaluate(run, methods, part, (2,), memory=kind)["cdeq"][0]["value"]
@@ -415,20 +416,15 @@ def test_a_teacher_of_another_vocabulary_is_refused(run_folder, tmp_path):
         train.main([*flags, "--stage=teacher", "--teacher", str(run_folder / "teacher.pt")])
 
 
-def test_the_shared_weight_is_a_flag(run_folder):
-    config, task = parse([*TINY, "--no-per_token"])
-    assert task.network(dataclasses.asdict(config)).sample_dims == 1
-    with pytest.raises(UsageError, match="--per_token: the networks of digits have no such"):
-        parse(["--task", "digits", "--no-per_token"])
-
-
-@pytest.mark.parametrize("flags", [["--dtype=bf16"], ["--trajectory=1"]])
+@pytest.mark.parametrize("flags", [["--dtype=bf16"], ["--recipe=paper"]])
 def test_a_text_trains_by_every_recipes_flags(tmp_path, flags):
     for stage in ("teacher", "student"):
         train.main([*TINY, *flags, "--out", str(tmp_path), "--stage", stage])
     run = infer.open_run(tmp_path, device="cpu")
     part = Split(run.task.test.x[:2, :32], run.task.test.y[:2, :32])
-    (row,) = infer.evaluate(run, {"cdeq": infer.counted(*run.students[""])}, part, (2,))["cdeq"]
+    ((student, decay),) = run.students.values()
+    methods = {"cdeq": infer.counted(run.teacher, student, decay)}
+    (row,) = infer.evaluate(run, methods, part, (2,))["cdeq"]
     assert 1 < row["value"] < 10 * len(run.task.classes)
 
 

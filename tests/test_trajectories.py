@@ -12,10 +12,10 @@ from trajectories import Disk, Memory, Rolling, augment, plan, sample
 SPLIT = Split(torch.arange(20.0)[:, None], torch.arange(20))
 
 
-def solve(x, rows):
-    """A trajectory of 5 states that tells sample and step: z_k = (row, k)."""
-    k = torch.arange(5.0)[:, None].expand(5, len(rows))
-    return torch.stack([rows.float().expand(5, -1), k], dim=-1)
+def solve(x):
+    """A trajectory of 5 states that tells sample and step: z_k = (x, k)."""
+    k = torch.arange(5.0)[:, None].expand(5, len(x))
+    return torch.stack([x[:, 0].expand(5, -1), k], dim=-1)
 
 
 def make(kind, tmp_path, batch=6, **options):
@@ -36,7 +36,7 @@ def test_every_store_serves_the_states_of_the_samples_it_names(kind, tmp_path):
         ks = torch.tensor([[0, 2, 4]]).expand(len(rows), 3)
         for k, z in zip((0, 2, 4), store.states(rows, ks), strict=True):
             assert torch.equal(z[:, 0], y.float()) and (z[:, 1] == k).all()
-        assert torch.equal(x[:, 0], y.float())
+        assert torch.equal(x[:, 0], y.float()) and torch.equal(store.ends(rows), z)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "rolling"])
@@ -79,7 +79,7 @@ def test_rolling_needs_room_for_reuse(tmp_path):
 
 
 def test_plan_picks_by_bytes_and_prints_the_arithmetic():
-    kind = lambda cache, disk: plan(1000, torch.Size([250]), 9, torch.float32, cache, disk)  # noqa: E731
+    kind = lambda cache, disk: plan(1000, 10, 250, torch.float32, cache, disk)  # noqa: E731
     assert kind(0.01, 1.0)[0] == "memory"  # 1000 x 10 x 250 x 4 bytes are 0.01 GB
     assert kind(0.005, 1.0)[0] == "disk"
     assert kind(0.005, 0.005)[0] == "rolling"
@@ -87,31 +87,31 @@ def test_plan_picks_by_bytes_and_prints_the_arithmetic():
 
 
 def test_augmentation_replaces_with_its_probability_and_spares_the_ends():
-    """Eq. 13 for k_min <= k <= K - k_tail only."""
+    """Eq. 13, for 1 <= k <= K - 3 only."""
     torch.manual_seed(0)
     ks = torch.arange(11).expand(4000, -1)
-    out = augment(ks, torch.rand(4000, 11), p_aug=0.3, k_min=2, k_tail=3)
+    out = augment(ks, torch.rand(4000, 11), p_aug=0.3)
     share = (out != ks).float().mean(0)
-    assert (share[[0, 1, 8, 9, 10]] == 0).all()
-    assert torch.allclose(share[2:8], torch.tensor(0.3), atol=0.03)
+    assert (share[[0, 8, 9, 10]] == 0).all()
+    assert torch.allclose(share[1:8], torch.tensor(0.3), atol=0.03)
     assert (out[out != ks] == 10).all()
 
 
 def test_one_draw_replaces_a_state_wherever_it_is_looked_up():
     """z_k as the present of one column and the past of another is the same state."""
     draws = torch.rand(50, 11)
-    out = augment(torch.tensor([[4, 5, 4]]).expand(50, 3), draws, 0.5, 1, 1)
+    out = augment(torch.tensor([[4, 5, 4]]).expand(50, 3), draws, 0.5)
     assert torch.equal(out[:, 0], out[:, 2])
 
 
 def test_sampled_trajectory_is_the_solvers_own(net):
-    """Alg. 4: K + 1 states from z_0, random where asked, the same for the same sample."""
-    x, rows = torch.randn(3, 1, 8, 8), torch.tensor([4, 5, 6])
-    z = sample(net, x, rows, 5, "zeros", m=6, beta=1.0, ridge=1e-6)
+    """Alg. 4: K + 1 states from z_0, or the last one alone."""
+    x = torch.randn(3, 1, 8, 8)
+    z = sample(net, x, 5, m=6, beta=1.0, ridge=1e-6)
     assert z.shape[:2] == (6, 3) and (z[0] == 0).all()
     assert torch.allclose(z[1], net.f(z[0], net.inject(x)), atol=1e-6)
-    a, b = (sample(net, x[i], rows[i], 2, "normal", m=6)[0] for i in (slice(0, 2), slice(1, 3)))
-    assert torch.equal(a[1], b[0]) and a.std() == pytest.approx(1.0, abs=0.1)
+    (end,) = sample(net, x, 5, ends=True, m=6, beta=1.0, ridge=1e-6)
+    assert torch.equal(end, z[5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
