@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from checkpoint import UsageError
-from fpode import TimeMap
 from tasks import Task, graphs, images, text
 
 TASKS = images.TASKS | graphs.TASKS | text.TASKS
@@ -66,8 +65,6 @@ class Config:
     dropout: float = opt(0.5, "in its encoder and head", ">= 0 and < 1", BOTH)
     # Anderson acceleration of the teacher (Alg. 3)
     m: int = opt(6, "states in the window", ">= 1", BOTH)
-    beta: float = opt(1.0, "mixing", "> 0 and <= 1", BOTH)
-    ridge: float = opt(1e-6, "relative to the mean squared residual", ">= 0", BOTH)
     # The teacher
     teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
     optimizer: str = opt("adamw", "sgd with Nesterov momentum .9", "adamw | sgd", TEACHER)
@@ -78,16 +75,13 @@ class Config:
     before: int = opt(8, "most steps of f before them, without; 0 to so many", ">= 0", TEACHER)
     growing: float = opt(0.0, "first share of updates, on 1, 2, .. layers", ">= 0 and < 1", TEACHER)
     jac_weight: float = opt(0.0, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
-    # Trajectories (Alg. 4, Eqs. 6 and 13)
+    # Trajectories (Alg. 4)
     K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
-    p_aug: float = opt(0.1, "recipe paper: probability of z_k <- z_K", ">= 0 and <= 1", STUDENT)
-    rho: float = opt(0.0, "rate of the clock; 0: measured", ">= 0", STUDENT)
     # The student and its losses (Alg. 2)
     recipe: str = opt("own-run", "preset of the flags below", "own-run | paper", STUDENT)
     name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
     student_steps: int = opt(600, "updates", ">= 1", STUDENT)
     student_lr: float = opt(3e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
-    mu: float = opt(0.98, "EMA rate", ">= 0 and < 1", STUDENT)
     kl: float = opt(
         0.5, "share of its predictions in the loss, against its states", ">= 0 and <= 1", STUDENT
     )
@@ -147,10 +141,6 @@ def check(config: Config) -> None:
             raise UsageError(f"--{field.name} {value}: allowed is {allowed or 'a finite number'}")
     if not re.fullmatch(r"[\w.-]*", config.name):
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
-    try:
-        TimeMap(config.rho or 1e-3, config.K)
-    except ValueError as error:
-        raise UsageError(f"--rho {config.rho}: {error}") from error
 
 
 def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:

@@ -39,7 +39,7 @@ class Run:
     device: torch.device
 
     def solver(self) -> dict:
-        return {name: self.config[name] for name in ("m", "beta", "ridge")}
+        return {"m": self.config["m"]}
 
 
 def student_path(folder: Path, name: str) -> Path:

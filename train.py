@@ -42,6 +42,7 @@ from models.explicit import Vision
 from student import Student, update_ema
 from tasks import Task, positions
 
+MU = 0.98  # of the running average phi^-
 EARLY = 0.25  # Eq. 14: the first share of steps, which have the task loss
 OWN_MEMORY = 0.5  # share of the updates in which a text's memory is the student's own
 GUESS_LR = 8e-3  # peak rate of what guesses z* from u: a student's start, a learned solver
@@ -372,7 +373,6 @@ def state_shape(run: Trainer, net: Equilibrium) -> torch.Size:
 def make_store(run: Trainer, teacher: Equilibrium, ends: bool) -> trajectories.Memory:
     """The train split's trajectories, or their ends alone, in the store that fits the budgets."""
     config, split = run.config, run.task.train
-    solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
     dtype, states = DTYPES[config.cache_dtype], 1 if ends else config.K + 1
     size, limits = state_shape(run, teacher).numel(), (config.cache_gb, config.disk_gb)
     kind, message = trajectories.plan(len(split), states, size, dtype, *limits)
@@ -383,18 +383,20 @@ def make_store(run: Trainer, teacher: Equilibrium, ends: bool) -> trajectories.M
     def solve(x: Tensor) -> Tensor:
         x = x.to(run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-            return trajectories.sample(teacher, x, config.K, ends, **solver)
+            return trajectories.sample(teacher, x, config.K, ends, m=config.m)
 
     common = (solve, split, run.part, config.seed)
     options = dict(chunk=config.chunk, dtype=dtype)
     if kind == "memory":
         return trajectories.Memory(*common, **options)
     if kind == "disk":
-        header = {"teacher": fingerprint(teacher), "K": config.K, "split": "train"} | solver
+        header = {"teacher": fingerprint(teacher), "K": config.K, "m": config.m, "split": "train"}
         folder = run.folder / ("equilibria" if ends else "trajectories")
         return trajectories.Disk(*common, folder=folder, header=header, **options)
     slots = int(config.cache_gb * 1e9 / (states * size * dtype.itemsize))
-    slots = min(slots, max(config.reuse, len(split) // run.world))  # no more than one of each
+    # No more than one of each sample, and to fill it at most a fifth of all solves.
+    solves = config.student_steps * config.batch // config.reuse
+    slots = min(slots, max(config.reuse, min(len(split), solves // 4) // run.world))
     options |= dict(reuse=config.reuse, augment=config.augment, workers=config.workers)
     return trajectories.Rolling(*common, slots=slots, **options)
 
@@ -453,7 +455,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     extra = dict(rho=rho, teacher=fingerprint(teacher))
 
     def average() -> None:
-        update_ema(ema, student, config.mu)  # Alg. 2, l. 9
+        update_ema(ema, student, MU)  # Alg. 2, l. 9
 
     run.fit("student", path, module, student, weigh, draw, steps, optimizer, average, ema, **extra)
     if isinstance(store, trajectories.Rolling):
@@ -467,9 +469,8 @@ def fresh_student(run: Trainer, teacher: Equilibrium, store) -> tuple[Student, S
     """The student, its running average and its clock's rate, before the first update."""
     config = run.config
     x = store.batch(0)[0].to(run.device)
-    solver = dict(m=config.m, beta=config.beta, ridge=config.ridge)
-    rate = contraction(trajectories.sample(teacher, x, config.K, **solver), teacher.sample_dims)
-    rho = config.rho or propose_rho(rate, config.K)
+    rate = contraction(trajectories.sample(teacher, x, config.K, m=config.m), teacher.sample_dims)
+    rho = propose_rho(rate, config.K)
     run.say(f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     run.log(contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
@@ -501,7 +502,7 @@ def trajectory_parts(
         k = torch.randint(1, config.K + 1, (run.part,), generator=generator)  # Alg. 2, l. 3
         draws = torch.rand(run.part, config.K + 1, generator=generator)
         ks = torch.stack([k - 2, k - 1, k, torch.full_like(k, config.K)], dim=1).clamp(min=0)
-        ks = trajectories.augment(ks, draws, config.p_aug)
+        ks = trajectories.augment(ks, draws)
         x, y, rows = store.batch(part)
         states = [z.to(device, torch.float32) for z in store.states(rows, ks[run.mine])]
         early = task_weights(config.K, k)[run.mine].to(device)

@@ -41,7 +41,8 @@ from models import Equilibrium
 from tasks import Split, positions
 
 Solve = Callable[[Tensor], Tensor]  # x (B, ...) -> states (n, B, ...), the last one z_K
-K_MIN, K_TAIL = 1, 3  # of Eq. 13: the first step that may be replaced, and the last ones that stay
+# Eq. 13: its probability, the first step that may be replaced, and the last ones that stay.
+P_AUG, K_MIN, K_TAIL = 0.1, 1, 3
 
 
 @torch.no_grad()
@@ -54,12 +55,12 @@ def sample(net: Equilibrium, x: Tensor, K: int, ends: bool = False, **solver) ->
     return states[None] if ends else states
 
 
-def augment(ks: Tensor, draws: Tensor, p_aug: float) -> Tensor:
+def augment(ks: Tensor, draws: Tensor) -> Tensor:
     """Redirects steps ks (B, n) to K where their state is replaced by z_K; draws (B, K + 1) in
     [0, 1), one per state, so that every view of the same trajectory sees the same replacement."""
     K = draws.shape[1] - 1
     k = torch.arange(K + 1, device=ks.device)
-    replaced = (draws < p_aug) & (k >= K_MIN) & (k <= K - K_TAIL)
+    replaced = (draws < P_AUG) & (k >= K_MIN) & (k <= K - K_TAIL)
     return torch.where(replaced.gather(1, ks), K, ks)  # Eq. 13; Alg. 4, l. 7-12
 
 
