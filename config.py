@@ -120,7 +120,7 @@ class Config:
 
 RECIPES = {
     "own-run": {},
-    "paper": dict(aa=True, start=False, own_injection=False, student_lr=2e-3, name="paper"),
+    "paper": dict(aa=True, start=False, student_lr=2e-3, name="paper"),
 }
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 

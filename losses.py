@@ -115,13 +115,11 @@ class Distillation(nn.Module):
             u, z_K = self.student.inject(x[:, :past]), states[-1][:, :past]
             memory = self.teacher.remember(u, z_K)
             x, y, states = x[:, past:], y[:, past:], [z[:, past:] for z in states]
-        return self.terms(self.student.inject(x, memory), y, k, states, early)
-
-    def terms(self, u, y, k, states, early) -> dict[str, Tensor]:
         student, (z_2, z_1, z_k, z_K) = self.student, states
         t_2, t_1, t_k = (student.times.t((k - back).clamp(min=0)) for back in (2, 1, 0))
         with torch.no_grad():
-            target = self.ema.g(z_1, z_2, t_1, t_2, u)
+            target = self.ema.g(z_1, z_2, t_1, t_2, self.ema.inject(x, memory))
+        u = student.inject(x, memory)
         history = student.history(z_1, t_1, u) if student.anderson else None
         g, (h, _) = student.step(z_k, t_k, u, history)
         return {

@@ -1,6 +1,7 @@
 """Reports as people read them: Markdown tables and figures of what compare.py measured.
 
-    python tables.py        makes results/*.md anew from its JSON files, and the README's tables
+    python tables.py        makes results/*.md anew from its JSON files, and the tables of README.md
+                            and RESULTS.md
 
 A report is a dict, the contents of report.json and of results/*.json; nothing is computed here, and
 what was not measured stays empty.
@@ -272,29 +273,53 @@ def excerpt(text: str, part: str) -> list[str]:
     return [line for line in sections[place].splitlines() if line.startswith("|")]
 
 
-def filled(readme: str, results: Path) -> str:
-    """The README with the tables that its comments `NAME.md: PART` ask for as results/ has them."""
+SUMMARY = {"anderson": "Anderson", "hyperdeq": "HyperDEQ", "direct": "direct", "cdeq": "C-DEQ"}
+
+
+def summary(results: Path) -> list[str]:
+    """The lines of one table of all tasks: the teacher, and each method at NFE 1, 2 and 4. A report
+    without the direct networks is of an earlier teacher, and left out."""
+    head = ["task", "metric", "teacher", *(f"{name} 1 / 2 / 4" for name in SUMMARY.values())]
+    rows = []
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text())
+        if path.stem != result.get("task"):
+            continue
+        cells = {(r["method"], r["nfe"]): f"{r['value']:.1f}" for r in result["rows"] if r["nfe"]}
+        shown = [[cells.get((name, nfe), "-") for nfe in (1, 2, 4)] for name in SUMMARY]
+        if ("direct", 1) in cells:
+            few = f"{result['task']}, {len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}"
+            teacher = f"{result['teacher']['value']:.1f}"
+            rows.append([few, result["metric"], teacher, *(" / ".join(three) for three in shown)])
+    return table("", head, rows)[3:]
+
+
+def filled(page: str, results: Path) -> str:
+    """A page with the tables that its comments `NAME.md: PART` and `summary` ask for as results/
+    has them."""
 
     def fill(match: re.Match) -> str:
         if not (results / match[1]).exists():
-            raise UsageError(f"README.md asks for {match[1]}, which is not in {results.name}/")
+            raise UsageError(f"a page asks for {match[1]}, which is not in {results.name}/")
         text = (results / match[1]).read_text()
         return "\n".join(
             [f"<!-- {match[1]}: {match[2]} -->", *excerpt(text, match[2]), "<!-- end -->"]
         )
 
-    return re.sub(r"<!-- (\S+\.md): (.+?) -->\n.*?<!-- end -->", fill, readme, flags=re.DOTALL)
+    page = re.sub(r"<!-- (\S+\.md): (.+?) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+    whole = "\n".join(["<!-- summary -->", *summary(results), "<!-- end -->"])
+    return re.sub(r"<!-- summary -->\n.*?<!-- end -->", lambda _: whole, page, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Makes every results/*.md anew from its JSON, and the README's tables from these."""
+    """Makes every results/*.md anew from its JSON, and the pages' tables from these."""
     here = Path(__file__).parent
     for path in sorted((here / "results").glob("*.json")):
         result = json.loads(path.read_text())
         if "rows" in result:
             path.with_suffix(".md").write_text(markdown(result))
-    readme = here / "README.md"
-    readme.write_text(filled(readme.read_text(), here / "results"))
+    for page in (here / "README.md", here / "RESULTS.md"):
+        page.write_text(filled(page.read_text(), here / "results"))
 
 
 if __name__ == "__main__":

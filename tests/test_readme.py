@@ -79,7 +79,8 @@ def small_world(folder: Path) -> None:
     torch.save(test_images.reference_state(), folder / "MDEQ_Small_Cls.pkl")
     torch.save(test_text.reference_state(), folder / "wt103_deqtrans.pkl")
     shutil.copytree(ROOT / "results", folder / "results")
-    shutil.copy(ROOT / "README.md", folder)
+    for page in ("README.md", "RESULTS.md"):
+        shutil.copy(ROOT / page, folder)
 
 
 def printed(code: str) -> str:
@@ -171,9 +172,10 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
     asked = dict(itertools.pairwise([*flags, ""]))
     main = importlib.import_module(script.removesuffix(".py")).main
     if script == "tables.py":
-        before = Path("README.md").read_text()
+        pages = Path("README.md"), Path("RESULTS.md")
+        before = [page.read_text() for page in pages]
         main()
-        assert Path("README.md").read_text() == before
+        assert [page.read_text() for page in pages] == before
         return
     task = asked.get("--task") or Path(asked.get("--run", "runs/digits")).name
     if script == "train.py":

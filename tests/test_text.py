@@ -253,15 +253,15 @@ def test_distillation_takes_the_first_half_of_a_window_for_memory():
     net = transformer()
     student = Student(net.requires_grad_(False), TimeMap(0.3, 8))
     x, y, z = words(3, 10), words(3, 10, seed=1), torch.randn(4, 3, 10, D)
-    k, later = torch.tensor([1, 2, 3]), [v[:, 5:] for v in z]
+    k, (_, z_1, z_k, z_K) = torch.tensor([1, 2, 3]), z[:, :, 5:]
     u = net.inject(x[:, :5])
     u = net.inject(x[:, 5:], net.remember(u, z[3][:, :5]))
-    paper = Distillation(net, student, student)
-    terms = paper(x, y, k, z.unbind(), torch.ones(3), past=5)
-    assert terms == paper.terms(u, y[:, 5:], k, later, torch.ones(3))
+    terms = Distillation(net, student, student)(x, y, k, z.unbind(), torch.ones(3), past=5)
+    g = student.g(z_k, z_1, student.times.t(k), student.times.t(k - 1), u)
+    assert torch.allclose(terms["global"], distance(g, z_K, net.cell).mean())
     times, own = student.times.schedule(2, 0.8), OwnRun(net, student)
     states = infer.cdeq(student, net.initial(u), u, 2, 0.8)[1:]
-    expected = torch.stack([distance(v, z[3][:, 5:], net.cell).mean() for v in states]).mean()
+    expected = torch.stack([distance(v, z_K, net.cell).mean() for v in states]).mean()
     assert torch.allclose(own(x, z[3], times, past=5)["distance"], expected)
     assert not torch.allclose(own(x, z[3], times, past=5, own=True)["distance"], expected)
 

@@ -184,8 +184,8 @@ def test_options_run(flags, tmp_path):
 
 
 def test_flags_win_over_recipes_and_recipes_over_defaults():
-    config, _ = parse(["--recipe=paper", "--start", "--m=3"])
-    assert (config.start, config.own_injection, config.aa, config.m) == (True, False, True, 3)
+    config, _ = parse(["--recipe=paper", "--student_lr=0.1"])
+    assert (config.start, config.aa, config.student_lr) == (False, True, 0.1)
     assert (config.name, config.out, config.preset) == ("paper", "runs/digits", "digits")
 
 
