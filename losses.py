@@ -17,6 +17,8 @@ p at z_K. The latter knows which errors of a state matter. Neither needs labels.
 d(start(u), z_K), HyperDEQ's: f contracts, so that little of (9) comes back through it to a start.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -24,6 +26,8 @@ from torch.nn.utils import parametrize
 from models import Equilibrium
 from models.learned_solver import LearnedSolver
 from student import Student
+
+TOKENS = 256  # of a text's batch, whose predictions are compared
 
 
 def distance(a: Tensor, b: Tensor, cell: nn.Module) -> Tensor:
@@ -71,19 +75,28 @@ class OwnRun(nn.Module):
             memory = self.teacher.remember(u, self.walk(u, times) if own else z)
             x, z_K = x[:, past:], z_K[:, past:]
         u = student.inject(x, memory)
+        some = self.some(z_K)
         with torch.no_grad():
-            wanted = self.teacher.log_probabilities(z_K)
+            wanted = self.teacher.log_probabilities(some(z_K))
         z, history = self.teacher.initial(u).detach(), None
         errors, gaps = [], []
         for t in times:
             g, now = student.step(z, t, u, history)
             errors.append(distance(g, z_K, student.cell).mean())  # Eq. 9, on its own states
-            gaps.append(divergence(wanted, self.teacher.log_probabilities(g)))
+            gaps.append(divergence(wanted, self.teacher.log_probabilities(some(g))))
             z, history = g.detach(), tuple(v.detach() for v in now)
         terms = {"distance": torch.stack(errors).mean(), "prediction": torch.stack(gaps).mean()}
         if student.start is not None:
             terms["start"] = distance(student.guess(u), z_K, student.cell).mean()
         return terms
+
+    def some(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """Picks the states whose predictions are compared: all, or so many of a text's tokens, at
+        random. A softmax over ten thousands of words costs more than f."""
+        if self.teacher.sample_dims == 1:
+            return lambda z: z
+        rows = torch.randperm(z.shape[0] * z.shape[1])[:TOKENS].to(z.device)
+        return lambda z: z.flatten(0, 1)[rows][None]
 
     @torch.no_grad()
     def walk(self, u: Tensor, times: list[float]) -> Tensor:
