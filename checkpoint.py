@@ -6,6 +6,7 @@ then renamed over the old file, so a reader sees the old contents or the new one
 leave with exit code 2.
 """
 
+import glob
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,7 +33,14 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (UsageError, FloatingPointError) as error:  # the latter: a solver met a diverged f
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        sys.exit(141)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{program}: {error.strerror or error}{where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command continues", file=sys.stderr)
@@ -41,10 +49,13 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` only once it is complete and on the disk."""
+    """A binary file that appears under `path` only once it is complete and on the disk. What killed
+    writers of the same file left is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -53,10 +64,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}; what was saved before is untouched, "
-            "make room or choose another --out and start again to continue"
+            "make room or choose another folder and start again to continue"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, kind: str, **contents) -> None:

@@ -4,8 +4,8 @@
 `citeseer`, `pubmed` (Planetoid; Yang et al., 2016): 60/20/20 random split, the same in every run;
 `cora-public` and so on: the public split of 20 labels a class. `digits-graph`: the embedded digits,
 each joined to its 8 nearest neighbours by pixels, which few of them show. `graph`: a user's own,
-`--data FILE`, an .npz or a .pt of edge_index (2, E), x (N, p), y (N,) and boolean train_mask,
-valid_mask, test_mask (N,).
+`--data FILE`, an .npz or a .pt of edge_index (2, E), x (N, p), y (N,) and train_mask, valid_mask,
+test_mask, each boolean (N,) or the numbers of its nodes.
 
 Labels outside a split's mask are -1, which losses and metrics pass over. All features and edges are
 seen in training (the transductive setting of these benchmarks), labels only of the train split.
@@ -63,15 +63,24 @@ def checked(data: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     missing = [key for key in ("edge_index", "x", "y", *MASKS) if key not in data]
     if missing:
         raise UsageError(f"{source}: no {', '.join(missing)} in it")
-    edges, x, y = data["edge_index"].long(), data["x"].float(), data["y"].long().flatten()
-    masks = torch.stack([data[key].bool().flatten() for key in MASKS])
-    N = len(x)
-    if x.dim() != 2 or edges.dim() != 2 or len(edges) != 2:
+    for key in ("edge_index", "x", "y", *MASKS):
+        value = data[key]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+            raise UsageError(f"{source}: {key} must be a dense array of real numbers")
+    edges, x, y = data["edge_index"], data["x"].float(), data["y"].squeeze()
+    if x.dim() != 2 or not x.numel() or edges.dim() != 2 or len(edges) != 2:
         raise UsageError(
-            f"{source}: need x (N, p), edge_index (2, E); got {[*x.shape], [*edges.shape]}"
+            f"{source}: need x (N, p), p > 0, and edge_index (2, E); got {[*x.shape]} and "
+            f"{[*edges.shape]}"
         )
-    if len(y) != N or masks.shape[1] != N:
-        raise UsageError(f"{source}: {N} rows of x, {len(y)} of y, {masks.shape[1]} of the masks")
+    N = len(x)
+    if y.shape != (N,):
+        raise UsageError(f"{source}: need y (N,) with N = {N}, as x has; got {[*data['y'].shape]}")
+    for key, value in (("edge_index", edges), ("y", y)):
+        if (value != value.long()).any():
+            raise UsageError(f"{source}: {key} has numbers that are not whole")
+    edges, y = edges.long(), y.long()
+    masks = torch.stack([mask_of(data[key].squeeze(), N, f"{source}: {key}") for key in MASKS])
     if edges.numel() and (edges.min() < 0 or edges.max() >= N):
         raise UsageError(
             f"{source}: edge_index must be in 0 .. {N - 1}, has {edges.min()} .. {edges.max()}"
@@ -89,6 +98,16 @@ def checked(data: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     if used.min() < 0 or used.max() >= N:
         raise UsageError(f"{source}: labels must be 0, 1, ..., has {used.min()} .. {used.max()}")
     return dict(edge_index=edges, x=x, y=y, masks=masks)
+
+
+def mask_of(value: Tensor, N: int, name: str) -> Tensor:
+    """A boolean mask (N,): as it is, of zeros and ones, or from the numbers of its nodes."""
+    if value.shape == (N,) and ((value == 0) | (value == 1)).all():
+        return value.bool()
+    whole = value.dim() == 1 and value.dtype != torch.bool and not (value != value.long()).any()
+    if not whole or (value.numel() and (value.min() < 0 or value.max() >= N)):
+        raise UsageError(f"{name} must be a mask ({N},), or numbers of nodes in 0 .. {N - 1}")
+    return torch.zeros(N, dtype=torch.bool).index_fill_(0, value.long(), True)
 
 
 def node_task(
@@ -306,7 +325,11 @@ def own_graph(data: Path) -> Task:
         else:
             content = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign file makes a reader raise
-        raise UsageError(f"--data {data} is no .npz or .pt of tensors ({error})") from error
+        reason = str(error).split("\n")[0]
+        raise UsageError(
+            f"--data {data} is no .npz or .pt of a dict of arrays ({reason}); a PyG Data is saved "
+            "by torch.save(data.to_dict(), FILE)"
+        ) from error
     if not isinstance(content, dict):
         raise UsageError(f"--data {data} holds a {type(content).__name__}, not a dict of tensors")
     return node_task("graph", content, dict(width=64, hidden=128), SMALL)

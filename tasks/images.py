@@ -20,7 +20,7 @@ from checkpoint import UsageError
 from models.explicit import vision
 from models.mdeq import MDEQ, PRESETS
 from tasks import Split, Task
-from tasks.pictures import folders, pictures, to_tensor
+from tasks.pictures import decoded, folders, pictures, to_tensor
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DRAWS = 10  # views of a hard digit
@@ -118,14 +118,14 @@ def scans() -> list[tuple[Tensor, Tensor]]:
 
 def picture(path: Path, mode: str):
     """A user's image file as PIL sees it; UsageError where it is none."""
-    from PIL import Image, UnidentifiedImageError
-
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
     try:
-        return Image.open(path).convert(mode)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"{path} is not a readable image (PNG, JPEG, BMP, ...)") from error
+        return decoded(path, mode)
+    except Exception as error:  # whatever a damaged file makes PIL raise
+        raise UsageError(
+            f"{path} is not a readable image: PNG, JPEG, BMP, ... ({error})"
+        ) from error
 
 
 def read_digit(path: Path) -> Tensor:

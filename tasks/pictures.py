@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Pictures:
         number = int(self.rows[row])
         try:
             image, label = self.dataset[number]
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL makes of damaged files
+        except Exception as error:  # whatever a damaged file makes PIL raise
             return f"{self.dataset.samples[number][0]} is not a readable image ({error})", row
         if seed is None or self.augment is None:
             return self.plain(image), label
@@ -51,10 +52,10 @@ class Pictures:
             torch.manual_seed(seed)
             return self.augment(image), label
 
-    def collate(self, samples: list[tuple]) -> tuple[Tensor, Tensor, list[str]]:
-        """x, y and the complaints about what could not be read."""
+    def collate(self, samples: list[tuple], full: bool = False) -> tuple[Tensor, Tensor, list[str]]:
+        """x, y and the complaints about what could not be read; full: with another in its place."""
         complaints = [first for first, _ in samples if isinstance(first, str)]
-        if self.augment is not None:  # every rank needs its full share of a training batch
+        if full or self.augment is not None:  # every rank needs its share of a training batch
             samples = [self.readable(*sample) for sample in samples]
         good = [sample for sample in samples if not isinstance(sample[0], str)]
         if not good:
@@ -80,7 +81,7 @@ class Pictures:
 
     def batch(self, rows: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         keys = keys_of(rows, seeds)
-        x, y, complaints = self.collate([self[key] for key in keys])
+        x, y, complaints = self.collate([self[key] for key in keys], full=True)
         self.report(complaints)
         return x, y
 
@@ -106,11 +107,36 @@ def pictures(train, test, plain, augment, unreadable: str = "refuse") -> list[Pi
     """Train, validation and test split of two torchvision data sets."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     held = min(10_000, max(1, len(train) // 10))
-    return [
-        Pictures(train, order[held:], plain, augment, unreadable),
-        Pictures(train, order[:held], plain, None, unreadable),
-        Pictures(test, torch.arange(len(test)), plain, None, unreadable),
-    ]
+    splits = {
+        "train": Pictures(train, order[held:], plain, augment, unreadable),
+        "validate": Pictures(train, order[:held], plain, None, unreadable),
+        "test": Pictures(test, torch.arange(len(test)), plain, None, unreadable),
+    }
+    for use, split in splits.items():
+        first = split.readable(*split[0, None])[0] if len(split) else ""
+        if isinstance(first, str):
+            raise UsageError(
+                f"of {len(split)} pictures to {use}, none can be read {first and f'({first})'}: "
+                "train/ needs two at least, val/ one"
+            )
+    return [*splits.values()]
+
+
+def decoded(path: Path | str, mode: str = "RGB"):
+    """A picture file as PIL's 8-bit image: upright, on white where it is transparent, and light
+    from 0 to 1 whether the file says so in 8 bits, in 16 or in floats."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode[0] in "IF":
+        light = np.asarray(image, dtype=np.float32)
+        top = next((top for top in (1.0, 255.0) if image.mode == "F" and light.max() <= top), 65535)
+        image = Image.fromarray((light / top * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 def to_tensor(statistics: dict, *transforms):
@@ -127,7 +153,13 @@ def folders(data: Path, name: str) -> list:
 
     root = next((r for r in (data / name, data) if (r / "train").is_dir()), data)
     if (root / "ILSVRC2012_devkit_t12.tar.gz").exists():  # unpacks the archives on first use
-        return [ImageNet(str(root), split) for split in ("train", "val")]
+        try:
+            return [ImageNet(str(root), split, loader=decoded) for split in ("train", "val")]
+        except Exception as error:  # whatever a damaged archive makes its readers raise
+            raise UsageError(
+                f"--data {root}: torchvision cannot read ImageNet's archives there ({error}); "
+                "where train/ and val/ are unpacked already, move the devkit away"
+            ) from error
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise UsageError(
@@ -135,7 +167,7 @@ def folders(data: Path, name: str) -> list:
                 f"images per class; {root / part} is missing"
             )
     try:
-        train, test = (ImageFolder(str(root / part)) for part in ("train", "val"))
+        train, test = (ImageFolder(str(root / part), loader=decoded) for part in ("train", "val"))
     except FileNotFoundError as error:
         raise UsageError(f"--data {root}: {error}") from error
     if train.classes != test.classes:

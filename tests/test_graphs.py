@@ -253,21 +253,34 @@ def spoilt(key, value):
     [
         (spoilt("edge_index", lambda e: e + 35), r"edge_index must be in 0 \.\. 39, has 35"),
         (spoilt("edge_index", lambda e: e - 1), r"edge_index must be in 0 \.\. 39, has -1"),
-        (spoilt("edge_index", lambda e: e[0]), r"need x \(N, p\), edge_index \(2, E\)"),
+        (spoilt("edge_index", lambda e: e[0]), r"need x \(N, p\), p > 0, and edge_index"),
         (spoilt("x", lambda x: x.masked_fill(x > 2.2, torch.nan)), "not finite, first in row"),
         (spoilt("y", lambda y: y - 1), "labels must be 0, 1, ..., has -1"),
         (spoilt("y", lambda y: y * 100), "labels must be 0, 1, ..., has 0 .. 200"),
-        (spoilt("y", lambda y: y[1:]), "40 rows of x, 39 of y"),
+        (spoilt("y", lambda y: y[1:]), r"need y \(N,\) with N = 40, as x has; got \[39\]"),
+        (spoilt("y", lambda y: y + 0.5), "y has numbers that are not whole"),
+        (spoilt("y", lambda y: y.tolist()), "y must be a dense array of real numbers"),
+        (spoilt("x", lambda x: x.to_sparse()), "x must be a dense array of real numbers"),
+        (spoilt("x", lambda x: x[:, :0]), r"need x \(N, p\), p > 0"),
+        (spoilt("test_mask", lambda m: m[:, None].expand(40, 10)), r"must be a mask \(40,\)"),
+        (spoilt("test_mask", lambda m: torch.tensor([3, 40])), r"numbers of nodes in 0 \.\. 39"),
         (spoilt("train_mask", lambda m: m & False), "train_mask is empty"),
         (spoilt("test_mask", lambda m: m | True), "the masks overlap, first at node"),
         (spoilt("valid_mask", None), "no valid_mask in it"),
     ],
-    ids=range(10),
+    ids=range(16),
 )
 def test_a_bad_graph_is_named(data, complaint, tmp_path):
     torch.save(data, tmp_path / "g.pt")
     with pytest.raises(UsageError, match=complaint):
         train.main(["--task=graph", f"--data={tmp_path / 'g.pt'}", f"--out={tmp_path / 'out'}"])
+
+
+def test_masks_may_be_numbers_of_nodes():
+    data = good_graph()
+    numbers = {key: data[key].nonzero() for key in graphs.MASKS}
+    masks = graphs.checked(data | numbers, "here")["masks"]
+    assert torch.equal(masks, graphs.checked(data, "here")["masks"])
 
 
 def test_files_that_are_no_graph_are_named(tmp_path):

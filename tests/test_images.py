@@ -2,7 +2,9 @@
 
 import functools
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from config import parse
 from losses import TeacherLoss
 from models.mdeq import MDEQ, PRESETS, published, sizes
 from tasks import images
+from tasks.pictures import decoded
 
 from .conftest import command
 
@@ -381,6 +384,30 @@ def test_damaged_pictures_are_refused_or_skipped(tree, tmp_path, capsys):
     held = len({0} & set(skipping.train.rows.tolist()))
     assert len(skipping.train.batch(every, every)[0]) == len(every)
     assert capsys.readouterr().err.count("skipped") == 1 + held
+
+
+def test_a_picture_is_the_same_however_its_file_tells_it(tmp_path):
+    """8 and 16 bits, floats, turned by its EXIF tag; what is transparent is white."""
+    light = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    plain = Image.fromarray((light * 255).astype(np.uint8))
+    plain.save(tmp_path / "plain.png")
+    Image.fromarray((light * 65535).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(light).save(tmp_path / "float.tiff")
+    tag = Image.Exif()
+    tag[0x0112] = 3  # upside down
+    plain.rotate(180).save(tmp_path / "turned.png", exif=tag)
+    first, *others = (np.asarray(decoded(file, "L")) for file in sorted(tmp_path.iterdir()))
+    assert all((np.abs(first.astype(int) - other) <= 1).all() for other in others)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (np.asarray(decoded(tmp_path / "clear.png")) == 255).all()
+
+
+def test_a_split_without_a_readable_picture_is_named_before_training(tree, tmp_path):
+    shutil.copytree(tree, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "val").rglob("*.png"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(UsageError, match="of 4 pictures to test, none can be read"):
+        images.imagenette(tmp_path, image_size=32, unreadable="skip")
 
 
 @pytest.mark.parametrize(
