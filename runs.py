@@ -57,6 +57,15 @@ def fill(part, state: dict, path: Path) -> None:
         ) from error
 
 
+def same_data(path: Path, checkpoint: dict, data: str) -> None:
+    """UsageError where a checkpoint was trained on other data than those at hand."""
+    if checkpoint.get("data", data) != data:
+        raise UsageError(
+            f"{path} was trained on other data than those at hand (fingerprint "
+            f"{checkpoint['data']}, not {data}); name its own by --data, or choose another --out"
+        )
+
+
 def load_of(path: Path, kind: str, teacher: Equilibrium) -> dict:
     """The checkpoint of a student or learned solver; UsageError where it is another teacher's."""
     saved = load(path, kind)
@@ -111,6 +120,7 @@ def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> 
             "train.py continues it"
         )
     task = open_task(config | {"data": data or config["data"]})
+    same_data(folder / "teacher.pt", saved, task.fingerprint())
     teacher = task.network(config)
     fill(teacher, saved["model"], folder / "teacher.pt")
     teacher.to(device).eval().requires_grad_(False)

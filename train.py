@@ -75,7 +75,9 @@ class Trainer:
                 raise UsageError(
                     f"--out {self.folder}: cannot write there ({error.strerror})"
                 ) from error
-        self.log(start=dataclasses.asdict(config), **provenance(), torch=torch.__version__)
+        self.data = task.fingerprint()
+        versions = dict(torch=torch.__version__, data=self.data)
+        self.log(start=dataclasses.asdict(config), **provenance(), **versions)
 
     def log(self, **line) -> None:
         if not self.rank:
@@ -91,8 +93,11 @@ class Trainer:
         torch.manual_seed((3 * self.config.seed + stage) * 10**9 + step)  # dropout, if there is any
         return torch.Generator().manual_seed((3 * self.config.seed + stage) * 10**9 + step)
 
-    def bind(self, path: Path, saved: dict, *groups: str) -> None:
-        """UsageError where a checkpoint was made with other values in these groups."""
+    def bind(self, path: Path, checkpoint: dict, *groups: str) -> None:
+        """UsageError where a checkpoint was made with other values in these groups, or from other
+        data."""
+        runs.same_data(path, checkpoint, self.data)
+        saved = checkpoint["config"]
         for field in dataclasses.fields(Config):
             old, new = saved.get(field.name, field.default), getattr(self.config, field.name)
             if field.metadata["group"] in groups and old != new:
@@ -165,14 +170,15 @@ class Trainer:
         """Writes a stage's checkpoint after so many updates."""
         if not self.rank:
             states = {name: part.state_dict() for name, part in parts.items()}
-            save(path, stage, step=step, config=dataclasses.asdict(self.config), **states, **extra)
+            settings = dict(step=step, config=dataclasses.asdict(self.config), data=self.data)
+            save(path, stage, **settings, **states, **extra)
 
     def restore(self, stage: str, path: Path, parts: dict, extra: dict) -> int:
         """Loads a stage's checkpoint, if there is one, and returns its number of updates."""
         if not path.exists():
             return 0
         saved = load(path, stage)
-        self.bind(path, saved["config"], {"direct": TEACHER}.get(stage, stage), BOTH)
+        self.bind(path, saved, {"direct": TEACHER}.get(stage, stage), BOTH)
         for key, value in extra.items():  # what the student depends on: its clock, its teacher
             if saved[key] != value:
                 raise UsageError(f"{path} has {key} {saved[key]}, not {value}; delete it")
@@ -192,7 +198,7 @@ def train_explicit(run: Trainer) -> None:
         raise UsageError(f"--pretrained: torchvision has no {config.explicit}, for {task.name}")
     path = run.folder / f"explicit-{config.explicit}.pt"
     if finished(path, "explicit", config.explicit_steps):
-        run.bind(path, load(path, "explicit")["config"], EXPLICIT)
+        run.bind(path, load(path, "explicit"), EXPLICIT)
         return
     if config.pretrained:
         run.keep("explicit", path, {"model": net}, {}, config.explicit_steps)
@@ -249,7 +255,7 @@ def train_teacher(run: Trainer) -> Equilibrium:
         fit_network(run, "teacher", path, net, config.teacher_steps)
         barrier(run)
     saved = load(path, "teacher")
-    run.bind(path, saved["config"], TEACHER, BOTH)
+    run.bind(path, saved, TEACHER, BOTH)
     net = task.network(dataclasses.asdict(config))
     net.load_state_dict(saved["model"])
     if config.compile:
@@ -264,7 +270,7 @@ def train_direct(run: Trainer) -> None:
     updates = config.teacher_steps + config.student_steps
     if path.exists():
         saved = load(path, "direct")
-        run.bind(path, saved["config"], TEACHER, BOTH)
+        run.bind(path, saved, TEACHER, BOTH)
         if saved["updates"] != updates:
             raise UsageError(
                 f"{path} is trained for {saved['updates']} updates, not {updates} (--teacher_steps "
@@ -407,7 +413,7 @@ def train_learned(run: Trainer, teacher: Equilibrium) -> None:
     config, kind, steps = run.config, run.config.stage, run.config.student_steps
     path = run.folder / f"{kind}.pt"
     if finished(path, kind, steps):
-        run.bind(path, runs.load_of(path, kind, teacher)["config"], BOTH)
+        run.bind(path, runs.load_of(path, kind, teacher), BOTH)
         return
     torch.manual_seed(config.seed)
     solver = runs.build_learned(teacher, kind, config.m).to(run.device)
@@ -430,7 +436,7 @@ def train_student(run: Trainer, teacher: Equilibrium) -> None:
     """A student by either recipe; `pick_decay` finishes it."""
     config, path = run.config, runs.student_path(run.folder, run.config.name)
     if finished(path, "student", config.student_steps):
-        run.bind(path, runs.load_of(path, "student", teacher)["config"], STUDENT, BOTH)
+        run.bind(path, runs.load_of(path, "student", teacher), STUDENT, BOTH)
         return
     paper, begin = config.recipe == "paper", time.perf_counter()
     store = make_store(run, teacher, ends=not paper)

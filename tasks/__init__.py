@@ -5,6 +5,7 @@ split; nothing else in the project knows where data comes from.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -45,6 +46,12 @@ class Split:
                 views.append(self.augment(image))
         return torch.stack(views), y
 
+    def fingerprint(self, crc: int) -> int:
+        """A checksum of the samples, continued from crc."""
+        for part in (self.x, self.y):
+            crc = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy(), crc)
+        return crc
+
     def stream(self, batches: Iterable[tuple], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """`batch` of each (rows, seeds), in order; read ahead by so many processes where reading
         takes time, which here it does not."""
@@ -67,7 +74,7 @@ class Task:
     the reference network of finite depth that they ask for; references: those that the tables have;
     learned: the learned solvers that they have; unmeasured: those whose rows stay empty; rivals:
     other teachers with rows of their own, presets or the first one with its student's updates
-    added. said(): what is to be known of the data before training.
+    added. said(): what is to be known of the data before training. edges: a graph's.
     """
 
     name: str
@@ -96,6 +103,16 @@ class Task:
     unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ("teacher-longer",)
     said: Callable[[], str] = str
+    edges: Tensor | None = None
+
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that change with the data: samples, labels, classes, edges."""
+        crc = zlib.crc32("\n".join(self.classes).encode())
+        for split in (self.train, self.valid, self.test):
+            crc = split.fingerprint(crc)
+        if self.edges is not None:
+            crc = zlib.crc32(self.edges.contiguous().numpy(), crc)
+        return f"{crc:08x}"
 
     def to_choose(self) -> Split:
         """The part of the validation split that choices are made on."""

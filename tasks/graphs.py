@@ -166,6 +166,7 @@ def node_task(
         margin=0.3,
         explicit=explicit,
         references=references,
+        edges=graph["edge_index"],
         learned=("hyperdeq", "ignn-solver"),
         unmeasured=tuple(name for name in (*EXPLICIT, "gpm") if name not in references),
         rivals=("eignn", "mignn", "teacher-longer"),

@@ -6,6 +6,7 @@ worker process, after any restart.
 """
 
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,16 @@ class Pictures:
             if complaint not in self.skipped:
                 self.skipped.add(complaint)
                 print(f"{complaint}: skipped, {len(self.skipped)} so far", file=sys.stderr)
+
+    def fingerprint(self, crc: int) -> int:
+        """A checksum of the files' names, or of the labels that torchvision holds in memory,
+        continued from crc."""
+        samples = getattr(self.dataset, "samples", None)
+        if samples is None:
+            return zlib.crc32(np.asarray(self.dataset.targets).tobytes(), crc)
+        files = (Path(samples[row][0]) for row in self.rows.tolist())
+        names = "\n".join(f"{file.parent.name}/{file.name}" for file in files)
+        return zlib.crc32(names.encode(), crc)
 
     def batch(self, rows: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         keys = keys_of(rows, seeds)

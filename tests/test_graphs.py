@@ -276,6 +276,19 @@ def test_a_bad_graph_is_named(data, complaint, tmp_path):
         train.main(["--task=graph", f"--data={tmp_path / 'g.pt'}", f"--out={tmp_path / 'out'}"])
 
 
+def test_a_graph_that_was_replaced_is_refused(tmp_path):
+    """Between teacher and student, and in infer.py: one edge more, a label changed."""
+    path, out = tmp_path / "g.pt", tmp_path / "run"
+    flags = [*TINY, "--task=graph", f"--data={path}", f"--out={out}"]
+    torch.save(good_graph(), path)
+    train.main([*flags, "--stage=teacher"])
+    for key, value in (("edge_index", lambda e: e.roll(1)), ("y", lambda y: (y + 1) % 3)):
+        torch.save(spoilt(key, value), path)
+        for act in (lambda: train.main([*flags, "--stage=student"]), lambda: infer.open_run(out)):
+            with pytest.raises(UsageError, match="other data than those at hand"):
+                act()
+
+
 def test_masks_may_be_numbers_of_nodes():
     data = good_graph()
     numbers = {key: data[key].nonzero() for key in graphs.MASKS}

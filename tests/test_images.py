@@ -386,6 +386,14 @@ def test_damaged_pictures_are_refused_or_skipped(tree, tmp_path, capsys):
     assert capsys.readouterr().err.count("skipped") == 1 + held
 
 
+def test_the_fingerprint_of_pictures_is_of_their_names(tree, tmp_path):
+    shutil.copytree(tree, tmp_path, dirs_exist_ok=True)
+    before = images.imagenette(tmp_path, image_size=32).fingerprint()
+    assert before == images.imagenette(tree, image_size=32).fingerprint()
+    next((tmp_path / "train").rglob("*.png")).rename(tmp_path / "train" / "n01" / "new.png")
+    assert images.imagenette(tmp_path, image_size=32).fingerprint() != before
+
+
 def test_a_picture_is_the_same_however_its_file_tells_it(tmp_path):
     """8 and 16 bits, floats, turned by its EXIF tag; what is transparent is white."""
     light = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

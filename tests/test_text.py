@@ -284,16 +284,17 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     assert text.read_folder(tmp_path)[0] == known
 
 
-def test_other_words_than_a_runs_are_refused(tmp_path):
-    """infer.py --data with another vocabulary: one line, no traceback."""
+@pytest.mark.parametrize("words", ["a b c d e f g h", "a b d c"])
+def test_other_words_than_a_runs_are_refused(tmp_path, words):
+    """infer.py --data with another vocabulary, or the same words in another order."""
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     here = make(tmp_path / "a", "a b c d\n" * 40, "a b\n" * 20, "c d\n" * 20)
-    other = make(tmp_path / "b", "a b c d e f g h\n" * 40, "a b\n" * 20, "c d\n" * 20)
+    other = make(tmp_path / "b", f"{words}\n" * 40, "a b\n" * 20, "c d\n" * 20)
     flags = [flag for flag in TINY if "task" not in flag]
     train.main(
         [*flags, "--task=text", f"--data={here}", f"--out={tmp_path}/run", "--stage=teacher"]
     )
-    with pytest.raises(UsageError, match="does not fit the data at hand"):
+    with pytest.raises(UsageError, match="was trained on other data than those at hand"):
         infer.open_run(tmp_path / "run", str(other), "cpu")
 
 
