@@ -64,7 +64,7 @@ class Config:
     kappa: float = opt(0.95, "bound of its contraction rate", "> 0 and < 1", BOTH)
     dropout: float = opt(0.5, "in its encoder and head", ">= 0 and < 1", BOTH)
     # Anderson acceleration of the teacher (Alg. 3)
-    m: int = opt(6, "states in the window", ">= 1", BOTH)
+    m: int = opt(6, "states in the window", ">= 1 and <= 100", BOTH)
     # The teacher
     teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
     optimizer: str = opt("adamw", "sgd with Nesterov momentum .9", "adamw | sgd", TEACHER)
@@ -76,7 +76,7 @@ class Config:
     growing: float = opt(0.0, "first share of updates, on 1, 2, .. layers", ">= 0 and < 1", TEACHER)
     jac_weight: float = opt(0.0, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
     # Trajectories (Alg. 4)
-    K: int = opt(20, "solver steps of a trajectory", ">= 2", STUDENT)
+    K: int = opt(20, "solver steps of a trajectory", ">= 2 and <= 1000", STUDENT)
     # The student and its losses (Alg. 2)
     recipe: str = opt("own-run", "preset of the flags below", "own-run | paper", STUDENT)
     name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
@@ -97,7 +97,7 @@ class Config:
     explicit_decay: float = opt(0.0, "its weight decay", ">= 0", EXPLICIT)
     pretrained: bool = opt(False, "torchvision's weights instead of training", "", EXPLICIT)
     # Data and storage
-    workers: int = opt(min(8, os.cpu_count() or 1), "processes that read pictures", ">= 0")
+    workers: int = opt(min(8, os.cpu_count() or 1), "that read pictures", ">= 0 and <= 256")
     unreadable: str = opt("refuse", "what to do with damaged pictures", "refuse | skip")
     store: str = opt("auto", "of trajectories", "auto | memory | disk | rolling")
     cache_gb: float = opt(4.0, "memory for trajectories, GB per process", "> 0")
@@ -122,7 +122,21 @@ RECIPES = {
     "own-run": {},
     "paper": dict(aa=True, start=False, student_lr=2e-3, name="paper"),
 }
+MOST = {bool: 1, int: 2**31 - 1, float: 1e38}
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def require(flag: str, value, allowed: str, choice: bool = False) -> None:
+    """UsageError where a flag's value is not as `allowed` says: "a | b", or bounds. Numbers are
+    finite, and whole ones below 2^31."""
+    if choice or "|" in allowed:
+        ok = value in allowed.split(" | ")
+    else:
+        bounds = re.findall(r"([<>]=?) ([\d.]+)", allowed)
+        ok = isinstance(value, str) or (math.isfinite(value) and not value > MOST[type(value)])
+        ok = ok and all(COMPARE[sign](value, float(bound)) for sign, bound in bounds)
+    if not ok:
+        raise UsageError(f"{flag} {value}: allowed is {allowed or 'a finite number'}")
 
 
 def check(config: Config) -> None:
@@ -131,14 +145,7 @@ def check(config: Config) -> None:
         value, allowed = getattr(config, field.name), field.metadata["allowed"]
         if field.name == "task":  # a user's own may have come since
             allowed = " | ".join(TASKS)
-        if "|" in allowed or field.name == "task":
-            ok = value in allowed.split(" | ")
-        else:
-            bounds = re.findall(r"([<>]=?) ([\d.]+)", allowed)
-            ok = all(COMPARE[sign](value, float(bound)) for sign, bound in bounds)
-            ok = ok and (not isinstance(value, float) or math.isfinite(value))
-        if not ok:
-            raise UsageError(f"--{field.name} {value}: allowed is {allowed or 'a finite number'}")
+        require(f"--{field.name}", value, allowed, choice=field.name == "task")
     if not re.fullmatch(r"[\w.-]*", config.name):
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
 
@@ -164,6 +171,8 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
         "out": f"runs/{name}",
         "explicit": next(iter(task.references), ""),
     }
+    if len(task.train) == 1:  # a graph: one for each process and update
+        chosen["batch"] = environment("WORLD_SIZE", 1)
     chosen |= task.defaults | RECIPES[recipe]
     config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
     check(config)
@@ -178,6 +187,14 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
     if config.preset not in task.presets:
         raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
     return config, task
+
+
+def environment(name: str, default: int) -> int:
+    """A number that torchrun sets; UsageError where it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < default:
+        raise UsageError(f"{name}={value}: torchrun sets it to a number >= {default}")
+    return int(value)
 
 
 def open_task(settings: dict) -> Task:

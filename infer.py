@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from anderson import Counter, anderson
 from checkpoint import UsageError, plain_errors
-from config import command_line
+from config import command_line, require
 from models import Equilibrium, labels
 from runs import Run, open_run
 from student import Student
@@ -391,6 +391,19 @@ def check_inputs(run: Run, args) -> None:
         raise UsageError(f"--files, --tol: {run.task.name} is a text; its inputs are a --prompt")
 
 
+RANGES = {
+    "--nfe": ">= 1 and <= 1000",
+    "--max-nfe": ">= 1 and <= 1000",
+    "--batch": ">= 1",
+    "--decay": ">= 0 and < 1",
+    "--tol": ">= 0",
+    "--tokens": ">= 1 and <= 1000000",
+    "--temperature": ">= 0.001",
+    "--top-k": ">= 0",
+    "--seed": ">= 0",
+}
+
+
 def arguments(argv: list[str]):
     """The command line, its numbers within their ranges."""
     parser = command_line(__doc__)
@@ -413,17 +426,14 @@ def arguments(argv: list[str]):
         "--memory", choices=("own", "teacher", "none"), default="own", help="a text's: whose states"
     )
     add("--data", default="", help="where the data set is now")
+    add("--unreadable", choices=("refuse", "skip"), help="what to do with damaged pictures")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if min(args.nfe, default=1) < 1 or args.max_nfe < 1 or args.batch < 1:
-        raise UsageError("--nfe, --max-nfe and --batch must be >= 1")
-    if not 0 <= args.decay < 1 or args.tol < 0:
-        raise UsageError(
-            "--decay must be in (0, 1), or 0 for the validated one; --tol must be >= 0"
-        )
-    if args.tokens < 1 or args.temperature <= 0 or args.top_k < 0:
-        raise UsageError("--tokens must be >= 1, --temperature > 0 and --top-k >= 0")
+    for flag, allowed in RANGES.items():
+        value = getattr(args, flag.strip("-").replace("-", "_"))
+        for number in value if isinstance(value, list) else [value]:
+            require(flag, number, allowed)
     return args
 
 
@@ -431,7 +441,8 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     if not args.run.is_dir():
         raise UsageError(f"--run {args.run}: no such folder; train.py makes one")
-    run = open_run(args.run, args.data, args.device)
+    now = {key: getattr(args, key) for key in ("data", "unreadable") if getattr(args, key)}
+    run = open_run(args.run, now, args.device)
     if args.student not in run.students:
         known = ", ".join(repr(name) for name in run.students) or "none: train one first"
         raise UsageError(

@@ -108,18 +108,18 @@ def build_learned(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:
         raise UsageError(f"--stage {kind}: {error}") from error
 
 
-def open_run(folder: Path, data: str = "", device: str = "auto", names=None) -> Run:
-    """Loads a run folder; names: students to load, all finished ones by default; data: where the
-    data set is now, if not where it was in training."""
+def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=None) -> Run:
+    """Loads a run folder; names: students to load, all finished ones by default; now: settings that
+    win over those of the training, as where the data set is."""
     device = torch.device(pick_device(device))
     saved = load(folder / "teacher.pt", "teacher")
-    config = saved["config"]
+    config = saved["config"] | (now or {})
     if saved["step"] < config["teacher_steps"]:
         raise UsageError(
             f"{folder}: the teacher has {saved['step']} of {config['teacher_steps']} updates; "
             "train.py continues it"
         )
-    task = open_task(config | {"data": data or config["data"]})
+    task = open_task(config)
     same_data(folder / "teacher.pt", saved, task.fingerprint())
     teacher = task.network(config)
     fill(teacher, saved["model"], folder / "teacher.pt")

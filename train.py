@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +33,17 @@ import runs
 import tables
 import trajectories
 from checkpoint import UsageError, fingerprint, load, plain_errors, provenance, save
-from config import BOTH, DTYPES, EXPLICIT, LEARNED_SOLVERS, STUDENT, TEACHER, Config, parse
+from config import (
+    BOTH,
+    DTYPES,
+    EXPLICIT,
+    LEARNED_SOLVERS,
+    STUDENT,
+    TEACHER,
+    Config,
+    environment,
+    parse,
+)
 from fpode import contraction, propose_rho
 from losses import Distillation, LearnedSolverLoss, OwnRun, TeacherLoss, total
 from models import Equilibrium
@@ -55,7 +64,7 @@ class Trainer:
 
     def __init__(self, config: Config, task: Task):
         self.config, self.task, self.folder = config, task, Path(config.out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = environment("RANK", 0), environment("WORLD_SIZE", 1)
         if config.batch % (self.world * config.accumulate):
             raise UsageError(
                 f"--batch {config.batch} is not divisible by {self.world} processes x --accumulate "
@@ -63,7 +72,7 @@ class Trainer:
             )
         self.device = torch.device(runs.pick_device(config.device))
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", environment("LOCAL_RANK", 0))
             torch.cuda.set_device(self.device)
         self.part = config.batch // config.accumulate  # samples of all ranks computed together
         self.mine = slice(*(self.part // self.world * r for r in (self.rank, self.rank + 1)))
@@ -357,6 +366,12 @@ def adopt(run: Trainer, net: Equilibrium, path: Path) -> None:
         if not value.isfinite().all():
             raise UsageError(f"--teacher {file}: {name} has numbers that are not finite")
     net.load_state_dict(state)
+    for name, value in net.state_dict().items():
+        if not torch.equal(value, state[name].to(value)):
+            raise UsageError(
+                f"--teacher {file} is no {run.config.preset}: {name} is one tensor with another "
+                "here, and differs from it there (was it trained with --not_tied?)"
+            )
     run.keep("teacher", path, {"model": net}, {"source": str(file)}, run.config.teacher_steps)
     barrier(run)
 
@@ -546,7 +561,7 @@ def pick_decay(run: Trainer) -> None:
     path = runs.student_path(run.folder, run.config.name)
     if finished(path, "student", run.config.student_steps):
         return
-    opened = runs.open_run(run.folder, run.config.data, run.device.type, ())
+    opened = reopened(run, ())
     saved = load(path, "student")
     opened.config |= {"K": saved["config"]["K"]}
     student = runs.build_student(opened.teacher, saved["config"], saved["rho"])
@@ -559,6 +574,12 @@ def pick_decay(run: Trainer) -> None:
             saved.pop(key)
         save(path, "student", **saved, decay=decay)
     barrier(run)
+
+
+def reopened(run: Trainer, names=None) -> runs.Run:
+    """The run's networks from its folder, read with the settings of this start."""
+    now = {key: getattr(run.config, key) for key in ("data", "unreadable", "workers")}
+    return runs.open_run(run.folder, now, run.device.type, names)
 
 
 def finished(path: Path, stage: str, steps: int) -> bool:
@@ -589,7 +610,7 @@ def train_and_evaluate(run: Trainer) -> None:
     if config.stage in LEARNED_SOLVERS:
         train_learned(run, teacher)
     if config.stage in ("all", "evaluate"):
-        result = compare.report(runs.open_run(run.folder, config.data, run.device.type))
+        result = compare.report(reopened(run))
         if not run.rank:
             print(tables.write(compare.merge([result]), run.folder / "report"))
 

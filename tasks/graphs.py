@@ -12,7 +12,6 @@ seen in training (the transductive setting of these benchmarks), labels only of 
 """
 
 import functools
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -39,15 +38,13 @@ PAPER = {
 }
 OPTIONS = ("width", "hidden", "kappa", "dropout")
 MASKS = ("train_mask", "valid_mask", "test_mask")
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-# One graph per process and update.
 SMALL = dict(
-    batch=WORLD, cache_gb=8.0, augment=False, save_every=200, layers=8, before=16,
+    cache_gb=8.0, augment=False, save_every=200, layers=8, before=16,
     teacher_steps=300, teacher_lr=5e-3, teacher_decay=5e-4,
     student_steps=400, student_lr=5e-3,
 )  # fmt: skip
 LARGE = SMALL | dict(
-    batch=WORLD, save_every=20, dropout=0.2, layers=4,
+    save_every=20, dropout=0.2, layers=4,
     teacher_steps=100, teacher_lr=1e-2, explicit_steps=100,
     student_steps=200, student_lr=4e-3,
 )  # fmt: skip

@@ -106,8 +106,9 @@ def test_answers_on_image_files(tiny_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--nfe", "0"], "must be >= 1"),
-        (["--decay", "1"], r"--decay must be in \(0, 1\)"),
+        (["--nfe", "1", "100000"], "--nfe 100000: allowed is >= 1 and <= 1000"),
+        (["--decay", "1"], "--decay 1.0: allowed is >= 0 and < 1"),
+        (["--temperature", "nan"], r"--temperature nan: allowed is >= 0\.001"),
         (["--student", "other"], "--student 'other' is not finished"),
         (["--files", "missing.png"], "missing.png: no such file"),
         (["--files", __file__], "test_infer.py is not a readable image"),

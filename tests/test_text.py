@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import infer
 import train
 from anderson import anderson, picard
-from checkpoint import UsageError
+from checkpoint import UsageError, load
 from config import parse
 from fpode import TimeMap
 from losses import Distillation, OwnRun, distance
@@ -295,7 +295,7 @@ def test_other_words_than_a_runs_are_refused(tmp_path, words):
         [*flags, "--task=text", f"--data={here}", f"--out={tmp_path}/run", "--stage=teacher"]
     )
     with pytest.raises(UsageError, match="was trained on other data than those at hand"):
-        infer.open_run(tmp_path / "run", str(other), "cpu")
+        infer.open_run(tmp_path / "run", {"data": str(other)}, "cpu")
 
 
 def make(folder, train_text: str, valid: str, test: str):
@@ -390,7 +390,7 @@ def test_bad_text_is_one_clear_line(tmp_path, contents, says):
     [
         (["--files", "a.png"], "docstrings is a text; its inputs are a --prompt"),
         (["--tol", "0.1"], "docstrings is a text; its inputs are a --prompt"),
-        (["--prompt", "The", "--tokens", "0"], "--tokens must be >= 1"),
+        (["--prompt", "The", "--tokens", "0"], "--tokens 0: allowed is >= 1"),
         (["--prompt", "The", "--temperature", "0"], "--temperature > 0"),
     ],
 )
@@ -407,6 +407,16 @@ def test_images_have_no_prompt(tiny_run):
 def test_words_outside_the_vocabulary_are_counted(capsys):
     text.encode(["a", "b", "c"], ["<eos>", "a", "<unk>"], "here")
     assert capsys.readouterr().err == "here: 2 of 3 words are not in the vocabulary: <unk>\n"
+
+
+def test_an_untied_teacher_is_refused(run_folder, tmp_path):
+    """Embedding and softmax share their words; a file in which they differ is another network's."""
+    state = load(run_folder / "teacher.pt", "teacher")["model"]
+    state["softmax.words.0.weight"] = state["softmax.words.0.weight"] + 1
+    torch.save(state, tmp_path / "untied.pt")
+    flags = [*TINY, "--out", str(tmp_path / "run"), "--stage=teacher"]
+    with pytest.raises(UsageError, match=r"one tensor with another here.*--not_tied"):
+        train.main([*flags, "--teacher", str(tmp_path / "untied.pt")])
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(run_folder, tmp_path):

@@ -200,6 +200,8 @@ def test_flags_win_over_recipes_and_recipes_over_defaults():
         ("--batch many", "argument --batch: invalid int value"),
         ("--m 0", "--m 0: allowed is >= 1"),
         ("--clip 0", "--clip 0.0: allowed is > 0"),
+        (f"--batch {10**23}", "--batch 100000000000000000000000: allowed is >= 1"),
+        ("--workers 1000000000", "--workers 1000000000: allowed is >= 0 and <= 256"),
         ("--lam1 1.5", "--lam1 1.5: allowed is >= 0 and <= 1"),
         ("--K 1", "--K 1: allowed is >= 2"),
         ("--explicit gcn", "--explicit: it is a setting of --stage explicit"),
@@ -220,6 +222,10 @@ def test_bad_flags_say_what_is_allowed(flags, complaint, tmp_path):
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_path):
+    for value in ("abc", "0"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        with pytest.raises(UsageError, match=f"WORLD_SIZE={value}: torchrun sets it to a number"):
+            train.main([*TINY, f"--out={tmp_path}"])
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="--batch 16 is not divisible by 3 processes"):
         train.main([*TINY, f"--out={tmp_path}"])
