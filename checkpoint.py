@@ -103,6 +103,8 @@ def load(path: Path, kind: str) -> dict:
         raise UsageError(f"{path} holds more than tensors and numbers; {advice}") from error
     if contents.get("kind") != kind:
         raise UsageError(f"{path} is a {contents.get('kind')} checkpoint, not a {kind}; {advice}")
+    if missing := {"config", "step", "model"} - contents.keys():
+        raise UsageError(f"{path} lacks {', '.join(sorted(missing))}; {advice}")
     return contents
 
 

@@ -276,13 +276,24 @@ def excerpt(text: str, part: str) -> list[str]:
 SUMMARY = {"anderson": "Anderson", "hyperdeq": "HyperDEQ", "direct": "direct", "cdeq": "C-DEQ"}
 
 
+def read(path: Path) -> dict:
+    """A file of results/; UsageError where it is no report."""
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON ({error}); make it anew or delete it") from error
+    if not isinstance(result, dict):
+        raise UsageError(f"{path} holds a {type(result).__name__}, not a report; delete it")
+    return result
+
+
 def summary(results: Path) -> list[str]:
     """The lines of one table of all tasks: the teacher, and each method at NFE 1, 2 and 4. A report
     without the direct networks is of an earlier teacher, and left out."""
     head = ["task", "metric", "teacher", *(f"{name} 1 / 2 / 4" for name in SUMMARY.values())]
     rows = []
     for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = read(path)
         if path.stem != result.get("task"):
             continue
         cells = {(r["method"], r["nfe"]): f"{r['value']:.1f}" for r in result["rows"] if r["nfe"]}
@@ -315,7 +326,7 @@ def main() -> None:
     """Makes every results/*.md anew from its JSON, and the pages' tables from these."""
     here = Path(__file__).parent
     for path in sorted((here / "results").glob("*.json")):
-        result = json.loads(path.read_text())
+        result = read(path)
         if "rows" in result:
             path.with_suffix(".md").write_text(markdown(result))
     for page in (here / "README.md", here / "RESULTS.md"):

@@ -136,8 +136,9 @@ class Memory:
 class Disk(Memory):
     """Every trajectory in memory-mapped files of `chunk` samples, shared by the ranks of a node.
 
-    A shard is a magic word, the length of a JSON header, the header, and raw numbers. The header
-    binds it to `header` (teacher, solver, split) and holds a checksum, verified at every start.
+    A shard is a magic word, the length of a JSON header, the header, the checksum of both, and raw
+    numbers. The header binds it to `header` (teacher, solver, split) and holds the checksum of the
+    numbers; both are verified at every start.
     """
 
     MAGIC = b"CDEQ-trajectory\n"
@@ -166,8 +167,9 @@ class Disk(Memory):
         raw = z.contiguous().view(torch.uint8).numpy().reshape(-1)
         header = {**self.expected(first), "shape": list(z.shape), "crc32": zlib.crc32(raw)}
         text = json.dumps(header).encode()
+        head = len(text).to_bytes(8, "little") + text
         with atomic(self.path(first)) as file:
-            file.write(self.MAGIC + len(text).to_bytes(8, "little") + text)
+            file.write(self.MAGIC + head + zlib.crc32(head).to_bytes(4, "little"))
             file.write(raw)
 
     def open(self, first: int, verify: bool = False) -> Tensor:
@@ -178,10 +180,13 @@ class Disk(Memory):
             with open(path, "rb") as file:
                 if file.read(len(self.MAGIC)) != self.MAGIC:
                     raise UsageError(f"{path} is not a trajectory shard; {advice}")
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                offset = file.tell()
+                length = file.read(8)
+                text = file.read(min(int.from_bytes(length, "little"), 10**6))
+                if zlib.crc32(length + text).to_bytes(4, "little") != file.read(4):
+                    raise ValueError("the header's checksum")
+                header, offset = json.loads(text), file.tell()
             raw = np.memmap(path, np.uint8, mode="c", offset=offset)
-        except (OSError, ValueError, OverflowError, MemoryError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path} is truncated or unreadable; {advice}") from error
         for name, value in self.expected(first).items():
             if header.get(name) != value:

@@ -104,7 +104,9 @@ def read_folder(folder: Path) -> tuple[list[str], list[Tensor]]:
             with np.load(cache) as saved:
                 if saved["key"].tolist() == key:
                     known = saved["vocabulary"].tobytes().decode().split("\n")
-                    return known, [torch.from_numpy(saved[part].astype(np.int64)) for part in PARTS]
+                    ids = [torch.from_numpy(saved[part].astype(np.int64)) for part in PARTS]
+                    if all(part.min() >= 0 and part.max() < len(known) for part in ids):
+                        return known, ids
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # damaged: made anew
             pass
     texts = []

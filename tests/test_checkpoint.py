@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from checkpoint import UsageError, atomic
+import tables
+from checkpoint import UsageError, atomic, load, save
 
 from .conftest import ROOT
 
@@ -26,6 +27,19 @@ def test_where_nothing_can_be_written_the_error_says_so(tmp_path):
         atomic(tmp_path / "file" / "a.json"),
     ):
         pass
+
+
+def test_a_sealed_file_that_lacks_something_is_named(tmp_path):
+    save(tmp_path / "a.pt", "teacher", step=3, config={})
+    with pytest.raises(UsageError, match=r"a\.pt lacks model; delete it"):
+        load(tmp_path / "a.pt", "teacher")
+
+
+@pytest.mark.parametrize("junk, complaint", [("{", "is no JSON"), ("[1]", "holds a list")])
+def test_a_file_of_results_that_is_none_is_named(tmp_path, junk, complaint):
+    (tmp_path / "digits.json").write_text(junk)
+    with pytest.raises(UsageError, match=f"digits.json {complaint}"):
+        tables.summary(tmp_path)
 
 
 def test_a_closed_pipe_ends_a_command_quietly():

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,6 +285,14 @@ def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     assert text.read_folder(tmp_path)[0] == known
 
 
+def test_a_cache_of_numbers_beyond_its_words_is_made_anew(tmp_path):
+    _, (ids, *_) = text.read_folder(make(tmp_path, "a b c\n", "a b\n", "c c\n"))
+    with np.load(tmp_path / "cdeq-words.npz") as saved:
+        parts = dict(saved)
+    np.savez(tmp_path / "cdeq-words.npz", **parts | {"train": parts["train"] + 9})
+    assert torch.equal(text.read_folder(tmp_path)[1][0], ids)
+
+
 @pytest.mark.parametrize("words", ["a b c d e f g h", "a b d c"])
 def test_other_words_than_a_runs_are_refused(tmp_path, words):
     """infer.py --data with another vocabulary, or the same words in another order."""
@@ -391,7 +400,7 @@ def test_bad_text_is_one_clear_line(tmp_path, contents, says):
         (["--files", "a.png"], "docstrings is a text; its inputs are a --prompt"),
         (["--tol", "0.1"], "docstrings is a text; its inputs are a --prompt"),
         (["--prompt", "The", "--tokens", "0"], "--tokens 0: allowed is >= 1"),
-        (["--prompt", "The", "--temperature", "0"], "--temperature > 0"),
+        (["--prompt", "The", "--temperature", "0"], "--temperature 0.0: allowed is >= 0.001"),
     ],
 )
 def test_a_text_is_asked_by_a_prompt(run_folder, flags, says):
