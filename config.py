@@ -49,7 +49,7 @@ class Config:
     task: str = opt("digits", "data set", " | ".join(TASKS), BOTH)
     preset: str = opt("", "network size; empty: the task's first", "", BOTH)
     seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
-    image_size: int = opt(0, "of photographs, pixels; 0: the task's", ">= 0", BOTH)
+    image_size: int = opt(0, "of photographs, pixels; 0: the task's", ">= 0 and <= 4096", BOTH)
     segment: int = opt(
         0, "positions of a text that are solved together; 0: the task's", ">= 0", BOTH
     )
@@ -164,7 +164,7 @@ def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     name, recipe = (given.get(key, getattr(Config, key)) for key in ("task", "recipe"))
-    check(Config(task=name, recipe=recipe))
+    check(Config(**given))
     task = open_task(given | {"task": name})
     chosen = {
         "preset": task.presets[0],

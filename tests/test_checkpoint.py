@@ -9,6 +9,7 @@ import tables
 from checkpoint import UsageError, atomic, load, save
 
 from .conftest import ROOT
+from .sweep import sweep
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
@@ -40,6 +41,12 @@ def test_a_file_of_results_that_is_none_is_named(tmp_path, junk, complaint):
     (tmp_path / "digits.json").write_text(junk)
     with pytest.raises(UsageError, match=f"digits.json {complaint}"):
         tables.summary(tmp_path)
+
+
+def test_a_bad_value_of_any_flag_is_one_line(tiny_run, capsys):
+    """A seventh of the sweep over all flags of all commands; `python -m tests.sweep`: the rest."""
+    count, failed = sweep(str(tiny_run), every=7)
+    assert count > 100 and not failed
 
 
 def test_a_closed_pipe_ends_a_command_quietly():
