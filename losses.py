@@ -27,7 +27,7 @@ from models import Equilibrium
 from models.learned_solver import LearnedSolver
 from student import Student
 
-TOKENS = 256  # of a text's batch, whose predictions are compared
+TOKENS = 512  # of a text's batch, whose predictions are compared
 
 
 def distance(a: Tensor, b: Tensor, cell: nn.Module) -> Tensor:

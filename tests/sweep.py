@@ -19,22 +19,8 @@ from checkpoint import UsageError
 from config import Config, parse
 
 VALUES = ("", "-1", "0", "nan", "inf", "-inf", "1e23", "1" + "0" * 23, "abc", "é\n", "../x", "1 2")
-INFER = [
-    "nfe",
-    "batch",
-    "decay",
-    "tol",
-    "max-nfe",
-    "tokens",
-    "temperature",
-    "top-k",
-    "seed",
-    "student",
-    "memory",
-    "split",
-    "data",
-]
-INFER += ["device", "unreadable", "files", "prompt"]
+INFER = "nfe batch decay tol max-nfe tokens temperature top-k seed student memory split data "
+INFER += "device unreadable files prompt"
 COMPARE = ("task", "seeds", "tables", "figures", "results")
 
 
@@ -60,7 +46,7 @@ def settings(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def answers(run: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every flag of infer.py with every value, beside one that ends it before it works."""
-    for name, value in itertools.product(INFER, VALUES):
+    for name, value in itertools.product(INFER.split(), VALUES):
         flags = [f"--run={run}", f"--{name}={value}"]
         stop = [] if name in ("tokens", "prompt") else ["--prompt=The"]
         yield " ".join(["infer.py", *flags]), lambda flags=[*flags, *stop]: infer.main(flags)
