@@ -118,6 +118,7 @@ def project_rows(W: Tensor, radius: float) -> Tensor:
     excess = sorted_.cumsum(1) - radius
     n = torch.arange(1, W.shape[1] + 1, device=W.device)
     last = (sorted_ * n > excess).sum(1, keepdim=True)  # entries that stay above theta
+    last = last.clamp(min=1)  # 0 of numbers that are not finite: the next loss says so
     theta = excess.gather(1, last - 1) / last
     inside = sizes.sum(1, keepdim=True) <= radius
     return torch.where(inside, W, W.sign() * (sizes - theta).clamp(min=0))

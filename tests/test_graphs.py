@@ -276,6 +276,12 @@ def test_a_bad_graph_is_named(data, complaint, tmp_path):
         train.main(["--task=graph", f"--data={tmp_path / 'g.pt'}", f"--out={tmp_path / 'out'}"])
 
 
+def test_a_teacher_that_diverges_is_one_line(tmp_path):
+    flags = ["--task=digits-graph", *TINY, f"--out={tmp_path}", "--teacher_lr=1e20"]
+    with pytest.raises(UsageError, match=r"teacher: the .* is (nan|inf) at step"):
+        train.main([*flags, "--teacher_steps=20", "--stage=teacher"])
+
+
 def test_a_graph_that_was_replaced_is_refused(tmp_path):
     """Between teacher and student, and in infer.py: one edge more, a label changed."""
     path, out = tmp_path / "g.pt", tmp_path / "run"
