@@ -29,7 +29,8 @@ from tasks import Split, graphs, text
 from . import test_graphs, test_images, test_text
 from .conftest import ROOT, TINY
 
-BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = [code for kind, code in FENCED.findall((ROOT / "README.md").read_text()) if not kind]
 LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
 COMMANDS = [" ".join(line.partition("#")[0].split()) for line in LINES]
 COMMANDS = [line for line in COMMANDS if line.startswith(("python", "torchrun"))]
