@@ -118,7 +118,7 @@ def methods(run: Run, peers: bool = False) -> dict[str, Method]:
         table[label(name)] = infer.counted(net, student, decay)
         if not name:
             table["cdeq+anderson"] = JumpThenSolve(run, student, decay)
-        if net.sample_dims > 1 and not name:
+        if net.sample_dims > 1 and student.anderson and not name:
             shared = copy.copy(student)
             shared.two_point = student.two_point | {"sample_dims": 1}
             table["cdeq-shared"] = infer.counted(net, shared, decay)
@@ -141,6 +141,7 @@ class JumpThenSolve(Method):
 
     def __init__(self, run: Run, student: Student, decay: float):
         net, f = run.teacher, Counter(run.teacher.f)
+        jump = infer.counted(net, student, decay)
         solver = partial(anderson, sample_dims=net.sample_dims, **run.solver())
 
         def inject(x: Tensor, memory=None) -> tuple:
@@ -148,8 +149,8 @@ class JumpThenSolve(Method):
             return net.inject(x, before[0]), student.inject(x, before[1])
 
         def solve(z0: Tensor, u: tuple, nfe: int, last: bool = False) -> Tensor:
-            z1 = infer.cdeq(student, z0, u[1], 1, decay, last=True)
-            f.nfe += 1
+            before, z1 = jump.counter.nfe, jump.solve(z0, u[1], 1, last=True)
+            f.nfe += jump.counter.nfe - before
             states = solver(lambda z: f(z, u[0]), z1, nfe - 1) if nfe > 1 else z1[None]
             return states[-1] if last else torch.cat([z0[None], states])
 
@@ -211,12 +212,11 @@ def cost(run: Run, table: dict, wanted: set[tuple], batch: int) -> dict:
         z = method.solve(method.initial(u), u, nfe, last=True)
         return method.net.head(z) if task.score else method.net.nll(z, told)
 
-    memory = net.remember(net.inject(first), net.initial(net.inject(first))) if net.memory else None
     jobs = {key: (table[key[0]], key[1]) for key in sorted(wanted)}
     for J, direct in run.direct.items():
         jobs["direct", J] = solved_by(direct, picard_of(direct)), J
     jobs = {key: (method, nfe, past(method)) for key, (method, nfe) in jobs.items()}
-    alone = {("injection", None): partial(net.inject, last, memory)}
+    alone = {("injection", None): partial(net.inject, last, past(table["anderson"]))}
     for name, explicit in run.explicit.items():
         *_, inputs = two_parts(explicit, x, y)
         alone[name, None] = partial(explicit, inputs[0])
