@@ -276,6 +276,15 @@ def test_a_bad_graph_is_named(data, complaint, tmp_path):
         train.main(["--task=graph", f"--data={tmp_path / 'g.pt'}", f"--out={tmp_path / 'out'}"])
 
 
+def test_the_embedded_graph_is_the_same_with_any_number_of_threads():
+    """Many pictures are equally near: which of them are neighbours must not depend on the machine."""
+    code = "from tasks.graphs import digits_graph; print(digits_graph(None).fingerprint())"
+    one = command("-c", code).stdout.strip()  # a process of one thread
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert graphs.digits_graph(None).fingerprint() == one
+
+
 def test_a_teacher_that_diverges_is_one_line(tmp_path):
     flags = ["--task=digits-graph", *TINY, f"--out={tmp_path}", "--teacher_lr=1e20"]
     with pytest.raises(UsageError, match=r"teacher: the .* is (nan|inf) at step"):
