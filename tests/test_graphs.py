@@ -277,7 +277,7 @@ def test_a_bad_graph_is_named(data, complaint, tmp_path):
 
 
 def test_the_embedded_graph_is_the_same_with_any_number_of_threads():
-    """Many pictures are equally near: which of them are neighbours must not depend on the machine."""
+    """Many pictures are equally near: the choice among them must not depend on the machine."""
     code = "from tasks.graphs import digits_graph; print(digits_graph(None).fingerprint())"
     one = command("-c", code).stdout.strip()  # a process of one thread
     for threads in (2, 3):
