@@ -16,9 +16,9 @@ demo: .venv/.ready
 	$(BIN)/python train.py --task digits --recipe paper
 
 tables: .venv/.ready
-	$(BIN)/python compare.py --task digits --seeds 0 --results runs/tables
-	$(BIN)/python compare.py --task digits-graph --seeds 0 --results runs/tables
-	$(BIN)/python compare.py --task docstrings --seeds 0 --results runs/tables
+	$(BIN)/python -m evidence.compare --task digits --seeds 0 --results runs/tables
+	$(BIN)/python -m evidence.compare --task digits-graph --seeds 0 --results runs/tables
+	$(BIN)/python -m evidence.compare --task docstrings --seeds 0 --results runs/tables
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

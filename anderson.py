@@ -182,8 +182,14 @@ def iterate(
             if not last:
                 trajectory[k + 2 :] = z
             break
-    step_bad = int(first_bad.min())
-    if step_bad < K:
-        where = int((first_bad == step_bad).nonzero()[0])
-        raise FloatingPointError(f"f is not finite at solver step {step_bad + 1}, sample {where}")
+    refuse_not_finite(first_bad, K)
     return z if last else trajectory
+
+
+def refuse_not_finite(first_bad: Tensor, K: int) -> None:
+    """FloatingPointError where a problem's first bad step (P,) is before K. The solve's one wait
+    for the device."""
+    step = int(first_bad.min())
+    if step < K:
+        where = int((first_bad == step).nonzero()[0])
+        raise FloatingPointError(f"f is not finite at solver step {step + 1}, sample {where}")

@@ -1,8 +1,7 @@
 """Every setting of a run: one frozen dataclass, its ranges, its flags, the two recipes.
 
-A field is a flag of train.py of the same name. `allowed` is checked and printed by the same text;
-`group` says which checkpoints the value is part of. Flags win over the recipe, the recipe over the
-task's defaults, these over the ones written here.
+A field is a flag of train.py of the same name. `allowed` is checked and printed by the same text.
+Flags win over the recipe, the recipe over the task's defaults, these over the ones written here.
 
 The recipe says what the student is trained on. `paper`: the teacher's trajectory, Alg. 2 to the
 letter. `own-run`, the default: the states of its own run of Alg. 1, toward the equilibrium and the
@@ -10,6 +9,7 @@ teacher's prediction there.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import inspect
 import math
@@ -18,6 +18,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,95 +28,106 @@ from tasks import Task, graphs, images, text
 TASKS = images.TASKS | graphs.TASKS | text.TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STAGES = ("all", "teacher", "student", "evaluate")
 
 
-TEACHER, STUDENT, EXPLICIT, BOTH, RUN = "teacher", "student", "explicit", "both", "run"
-LEARNED_SOLVERS = ("hyperdeq", "ignn-solver")
-STAGES = ("all", "teacher", "student", "evaluate", "direct", "explicit", *LEARNED_SOLVERS)
+class Group(NamedTuple):
+    """A part of --help, and whose checkpoints its settings are part of: a teacher's, a student's,
+    both, or nobody's, where they may change when a run continues."""
+
+    title: str
+    part_of: tuple[str, ...] = ()
 
 
-def opt(default, help: str, allowed: str = "", group: str = RUN):
-    """A Config field. allowed: "a | b", or bounds such as ">= 1 and < 5". group: the checkpoints
-    that the value is part of; RUN: it may change when a run continues."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, allowed=allowed, group=group)
-    )
+TASK = Group("task", ("teacher", "student"))
+START = Group("this start of the command")
+STUDENT = Group("student", ("student",))
+TEACHER = Group("teacher", ("teacher",))
+NETWORK = Group("network and solver", ("teacher", "student"))
+STORE = Group("store of trajectories")
+
+
+def opt(group: Group, default, help: str, allowed: str = "") -> dataclasses.Field:
+    """A setting. allowed: "a | b", or bounds such as ">= 1 and < 5"."""
+    metadata = dict(group=group, help=help, allowed=allowed)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything a run depends on; every field is a flag, saved in each checkpoint."""
 
-    task: str = opt("digits", "data set", " | ".join(TASKS), BOTH)
-    preset: str = opt("", "network size; empty: the task's first", "", BOTH)
-    seed: int = opt(0, "of weights, data order and every draw", ">= 0", BOTH)
-    image_size: int = opt(0, "of photographs, pixels; 0: the task's", ">= 0 and <= 4096", BOTH)
-    segment: int = opt(
-        0, "positions of a text that are solved together; 0: the task's", ">= 0", BOTH
+    task: str = opt(TASK, "digits", "The data set.", " | ".join(TASKS))
+    preset: str = opt(TASK, "", "The network's size; empty: the task's first.")
+    seed: int = opt(TASK, 0, "Of weights, data order and every other draw.", ">= 0")
+    batch: int = opt(TASK, 128, "Samples of one update, those of all processes together.", ">= 1")
+    accumulate: int = opt(TASK, 1, "Parts that a batch is computed in, to save memory.", ">= 1")
+    augment: bool = opt(TASK, True, "Train on random views of the inputs.")
+    dtype: str = opt(
+        TASK, "fp32", "Of the networks; solves, times, losses stay fp32.", "fp32 | bf16"
     )
-    memory: int = opt(0, "positions before them that they see; 0: the task's", ">= 0", BOTH)
-    dtype: str = opt("fp32", "of networks; solves, times, losses stay fp32", "fp32 | bf16", BOTH)
-    batch: int = opt(128, "global batch size, all ranks together", ">= 1", BOTH)
-    accumulate: int = opt(1, "parts that a batch is computed in, one after another", ">= 1", BOTH)
-    clip: float = opt(1.0, "gradient norm", "> 0", BOTH)
-    # The network; 0: the preset's
-    width: int = opt(0, "channels of a graph's state", ">= 0", BOTH)
-    hidden: int = opt(0, "of its encoder and head", ">= 0", BOTH)
-    kappa: float = opt(0.95, "bound of its contraction rate", "> 0 and < 1", BOTH)
-    dropout: float = opt(0.5, "in its encoder and head", ">= 0 and < 1", BOTH)
-    # Anderson acceleration of the teacher (Alg. 3)
-    m: int = opt(6, "states in the window", ">= 1 and <= 100", BOTH)
-    # The teacher
-    teacher_steps: int = opt(700, "updates", ">= 1", TEACHER)
-    optimizer: str = opt("adamw", "sgd with Nesterov momentum .9", "adamw | sgd", TEACHER)
-    teacher_lr: float = opt(3e-3, "peak learning rate, cosine to 0", "> 0", TEACHER)
-    teacher_decay: float = opt(0.1, "its weight decay", ">= 0", TEACHER)
-    augment: bool = opt(True, "random views of the inputs", "", BOTH)
-    layers: int = opt(4, "of f, with gradient", ">= 1 and <= 16", TEACHER)
-    before: int = opt(8, "most steps of f before them, without; 0 to so many", ">= 0", TEACHER)
-    growing: float = opt(0.0, "first share of updates, on 1, 2, .. layers", ">= 0 and < 1", TEACHER)
-    jac_weight: float = opt(0.0, "of the Jacobian regularisation; 0: off", ">= 0", TEACHER)
-    # Trajectories (Alg. 4)
-    K: int = opt(20, "solver steps of a trajectory", ">= 2 and <= 1000", STUDENT)
-    # The student and its losses (Alg. 2)
-    recipe: str = opt("own-run", "preset of the flags below", "own-run | paper", STUDENT)
-    name: str = opt("", "of the student's file, for ablations; empty: the recipe's", "", STUDENT)
-    student_steps: int = opt(600, "updates", ">= 1", STUDENT)
-    student_lr: float = opt(3e-3, "peak learning rate of Adam, cosine to 0", "> 0", STUDENT)
+    clip: float = opt(TASK, 1.0, "The gradient's norm is clipped to this.", "> 0")
+    image_size: int = opt(
+        TASK, 0, "Pixels of a photograph's side; 0: the task's.", ">= 0 and <= 4096"
+    )
+    segment: int = opt(TASK, 0, "Words of a text that are solved together; 0: the task's.", ">= 0")
+    memory: int = opt(TASK, 0, "Words before them that they see; 0: the task's.", ">= 0")
+
+    stage: str = opt(
+        START, "all", "What to do; what is finished is not done again.", " | ".join(STAGES)
+    )
+    data: str = opt(START, "data", "Folder of the data sets, or your own file or folder.")
+    out: str = opt(START, "", "The run's folder; empty: runs/TASK.")
+    teacher: str = opt(
+        START, "", "A trained teacher to take over: teacher.pt, or locuslab/deq's file."
+    )
+    device: str = opt(START, "auto", "Of all processes.", "auto | cpu | cuda")
+    compile: bool = opt(START, False, "torch.compile the cells.")
+    workers: int = opt(
+        START, min(8, os.cpu_count() or 1), "Processes that read pictures.", ">= 0 and <= 256"
+    )
+    unreadable: str = opt(START, "refuse", "What to do with damaged pictures.", "refuse | skip")
+    save_every: int = opt(START, 50, "Updates between checkpoints.", ">= 1")
+
+    recipe: str = opt(STUDENT, "own-run", "What the student is trained on.", "own-run | paper")
+    name: str = opt(STUDENT, "", "Of the student's file, for ablations; empty: the recipe's.")
+    student_steps: int = opt(STUDENT, 600, "Updates.", ">= 1")
+    student_lr: float = opt(STUDENT, 3e-3, "Peak learning rate of Adam, cosine to 0.", "> 0")
+    K: int = opt(STUDENT, 20, "The teacher's solver steps, from z_0 to z_K.", ">= 2 and <= 1000")
     kl: float = opt(
-        0.5, "share of its predictions in the loss, against its states", ">= 0 and <= 1", STUDENT
+        STUDENT, 0.5, "Share of its predictions in the loss, against its states.", ">= 0 and <= 1"
     )
-    lam1: float = opt(0.8, "recipe paper: global against local", ">= 0 and <= 1", STUDENT)
-    lam2: float = opt(0.05, "recipe paper: task loss", ">= 0", STUDENT)
-    own_injection: bool = opt(True, "the student trains its own injection", "", STUDENT)
-    start: bool = opt(True, "a learned guess in place of z_0", "", STUDENT)
-    aa: bool = opt(False, "the Anderson step of Eq. 7", "", STUDENT)
-    rollout_max: int = opt(4, "most steps of its own run", ">= 1", STUDENT)
-    # Explicit reference networks
-    explicit_steps: int = opt(200, "updates", ">= 1", EXPLICIT)
-    explicit_lr: float = opt(1e-2, "peak learning rate of AdamW, cosine to 0", "> 0", EXPLICIT)
-    explicit_decay: float = opt(0.0, "its weight decay", ">= 0", EXPLICIT)
-    pretrained: bool = opt(False, "torchvision's weights instead of training", "", EXPLICIT)
-    # Data and storage
-    workers: int = opt(min(8, os.cpu_count() or 1), "that read pictures", ">= 0 and <= 256")
-    unreadable: str = opt("refuse", "what to do with damaged pictures", "refuse | skip")
-    store: str = opt("auto", "of trajectories", "auto | memory | disk | rolling")
-    cache_gb: float = opt(4.0, "memory for trajectories, GB per process", "> 0")
-    disk_gb: float = opt(50.0, "disk for trajectories, GB", ">= 0")
-    cache_dtype: str = opt("fp32", "of stored states", "fp32 | bf16", STUDENT)
-    chunk: int = opt(128, "samples solved together, and per shard", ">= 1")
-    reuse: int = opt(8, "uses of a trajectory in the rolling store", ">= 1")
-    # This start of the command
-    stage: str = opt("all", "what to do", " | ".join(STAGES))
-    direct: int = opt(1, "evaluations of the network of --stage direct", ">= 1")
-    explicit: str = opt("", "network of --stage explicit; empty: the task's first")
-    teacher: str = opt("", "a teacher's file to take over: ours, or locuslab/deq's")
-    data: str = opt("data", "folder of the data sets, or a user's own file")
-    out: str = opt("", "run folder; empty: runs/TASK")
-    device: str = opt("auto", "of all processes", "auto | cpu | cuda")
-    compile: bool = opt(False, "torch.compile the cells")
-    save_every: int = opt(50, "updates between checkpoints", ">= 1")
-    log_every: int = opt(20, "updates between log lines", ">= 1")
+    rollout_max: int = opt(STUDENT, 4, "Its own run in training has 1 to this many steps.", ">= 1")
+    own_injection: bool = opt(STUDENT, True, "It trains an injection of its own.")
+    start: bool = opt(STUDENT, True, "It learns a guess in place of z_0.")
+    aa: bool = opt(STUDENT, False, "It makes the Anderson step of Eq. 7.")
+    lam1: float = opt(STUDENT, 0.8, "Recipe paper: global against local loss.", ">= 0 and <= 1")
+    lam2: float = opt(STUDENT, 0.05, "Recipe paper: weight of the task loss.", ">= 0")
+    cache_dtype: str = opt(STUDENT, "fp32", "Of stored states.", "fp32 | bf16")
+
+    teacher_steps: int = opt(TEACHER, 700, "Updates.", ">= 1")
+    teacher_lr: float = opt(TEACHER, 3e-3, "Peak learning rate, cosine to 0.", "> 0")
+    teacher_decay: float = opt(TEACHER, 0.1, "Weight decay.", ">= 0")
+    optimizer: str = opt(TEACHER, "adamw", "sgd has Nesterov momentum .9.", "adamw | sgd")
+    layers: int = opt(TEACHER, 4, "Evaluations of f with gradient.", ">= 1 and <= 16")
+    before: int = opt(
+        TEACHER, 8, "Evaluations before them, without: 0 to this many, drawn.", ">= 0"
+    )
+    growing: float = opt(
+        TEACHER, 0.0, "First share of updates, which have 1, 2, 4 .. layers alone.", ">= 0 and < 1"
+    )
+    jac_weight: float = opt(TEACHER, 0.0, "Of the Jacobian regularisation; 0: off.", ">= 0")
+
+    width: int = opt(NETWORK, 0, "Channels of a graph's state; 0: the preset's.", ">= 0")
+    hidden: int = opt(NETWORK, 0, "Width of a graph's encoder; 0: the preset's.", ">= 0")
+    kappa: float = opt(NETWORK, 0.95, "Bound of a graph's contraction rate.", "> 0 and < 1")
+    dropout: float = opt(NETWORK, 0.5, "In a graph's encoder and head.", ">= 0 and < 1")
+    m: int = opt(NETWORK, 6, "States in Anderson's window (Alg. 3).", ">= 1 and <= 100")
+
+    store: str = opt(STORE, "auto", "Where they are kept.", "auto | memory | disk | rolling")
+    cache_gb: float = opt(STORE, 4.0, "Memory for them, GB per process.", "> 0")
+    disk_gb: float = opt(STORE, 50.0, "Disk for them, GB.", ">= 0")
+    chunk: int = opt(STORE, 128, "Samples solved together, and per shard on disk.", ">= 1")
 
 
 RECIPES = {
@@ -150,40 +162,35 @@ def check(config: Config) -> None:
         raise UsageError(f"--name {config.name!r}: allowed are letters, digits, '.', '_' and '-'")
 
 
-def parse(argv: list[str], description: str = "") -> tuple[Config, Task]:
-    """The settings that a command line asks for, and their task; UsageError for bad ones."""
+def parse(argv: list[str], description: str = "", rival: bool = False) -> tuple[Config, Task]:
+    """The settings that a command line asks for, and their task; UsageError for bad ones. rival: in
+    place of the teacher, an explicit network is trained, with the task's settings for these."""
     parser = command_line(description)
+    groups: dict[Group, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(Config):
-        allowed = field.metadata["allowed"]
-        text = f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}{field.default!r})"
+        group, help, allowed = (field.metadata[key] for key in ("group", "help", "allowed"))
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group.title)
+        text = f"{help} ({allowed + '; ' if allowed else ''}default {field.default!r})"
         kind = (
             dict(action=argparse.BooleanOptionalAction)
             if field.type is bool
             else dict(type=field.type, metavar=field.type.__name__.upper())
         )
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+        groups[group].add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     name, recipe = (given.get(key, getattr(Config, key)) for key in ("task", "recipe"))
     check(Config(**given))
     task = open_task(given | {"task": name})
-    chosen = {
-        "preset": task.presets[0],
-        "out": f"runs/{name}",
-        "explicit": next(iter(task.references), ""),
-    }
+    chosen = {"preset": task.presets[0], "out": f"runs/{name}"}
     if len(task.train) == 1:  # a graph: one for each process and update
         chosen["batch"] = environment("WORLD_SIZE", 1)
-    chosen |= task.defaults | RECIPES[recipe]
+    chosen |= task.defaults | (task.explicit_defaults if rival else {}) | RECIPES[recipe]
     config = Config(**chosen | {key: value for key, value in given.items() if value != ""})
     check(config)
     for key in ("width", "hidden", "kappa", "dropout"):
         if key in given and key not in task.options:
             raise UsageError(f"--{key}: the networks of {name} have no such setting")
-    for key in ("explicit", "pretrained"):
-        if key in given and config.stage != "explicit":
-            raise UsageError(f"--{key}: it is a setting of --stage explicit")
-    if "direct" in given and config.stage != "direct":
-        raise UsageError("--direct: it is a setting of --stage direct")
     if config.preset not in task.presets:
         raise UsageError(f"--preset {config.preset}: allowed is {' | '.join(task.presets)}")
     return config, task
@@ -195,6 +202,28 @@ def environment(name: str, default: int) -> int:
     if not value.isdecimal() or int(value) < default:
         raise UsageError(f"{name}={value}: torchrun sets it to a number >= {default}")
     return int(value)
+
+
+LIBC = ctypes.CDLL(None)  # the process's own symbols: the C library among them
+
+
+def pick_device(name: str) -> str:
+    """The device that a --device flag means; on a CPU, also lets glibc keep freed memory.
+
+    It would map each large tensor anew, a page fault per 4 KB: two fifths of the time of an update
+    on a graph of 169,343 nodes.
+    """
+    if hasattr(LIBC, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        LIBC.mallopt(M_MMAP_MAX, 0)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: allowed is auto | cpu | cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is there; allowed is auto | cpu")
+    return name
 
 
 def open_task(settings: dict) -> Task:

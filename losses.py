@@ -17,17 +17,59 @@ p at z_K. The latter knows which errors of a state matter. Neither needs labels.
 d(start(u), z_K), HyperDEQ's: f contracts, so that little of (9) comes back through it to a start.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models import Equilibrium
-from models.learned_solver import LearnedSolver
 from student import Student
 
 TOKENS = 512  # of a text's batch, whose predictions are compared
+EARLY = 0.25  # Eq. 14: the first share of steps, which have the task loss
+
+
+@dataclass(frozen=True)
+class OwnRunBatch:
+    """What OwnRun wants of a part of a batch: x and z_K (B, ...); times t_0 .. t_J of the run;
+    past: positions (dimension 1) that are the others' history, with the teacher's equilibrium or,
+    if `own`, the end of the student's run."""
+
+    x: Tensor
+    z_K: Tensor
+    times: list[float]
+    past: int = 0
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """What Distillation wants: x, y (B, ...); k (B,); states (z_{k-2}, z_{k-1}, z_k, z_K), each
+    (B, ...), with z_0 for z_{-1}; early (B,): weights of the task loss; past: positions (dimension
+    1) that are the others' history, with the teacher's equilibrium."""
+
+    x: Tensor
+    y: Tensor
+    k: Tensor
+    states: tuple[Tensor, ...]
+    early: Tensor
+    past: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """What TeacherLoss wants: x, y (B, ...); steps of Picard's iteration from z_0; layers of f
+    after them, which have the gradient; probe (B, state...): direction of the Jacobian estimate, or
+    None for no estimate."""
+
+    x: Tensor
+    y: Tensor
+    steps: int
+    layers: int
+    probe: Tensor | None = None
 
 
 def distance(a: Tensor, b: Tensor, cell: nn.Module) -> Tensor:
@@ -44,11 +86,18 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def total(terms: dict[str, Tensor], lam1: float, lam2: float, kl: float) -> Tensor:
-    """The weighted sum of whichever of the terms are there."""
-    weights = {"global": lam1, "local": 1 - lam1, "task": lam2}  # Eq. 11
-    weights |= {"distance": 1 - kl, "prediction": kl, "start": 1.0}
-    return sum(weights[name] * term for name, term in terms.items())
+def weights(recipe: str, lam1: float, lam2: float, kl: float) -> dict[str, float]:
+    """What each of a recipe's loss terms counts in their sum."""
+    if recipe == "paper":
+        return {"global": lam1, "local": 1 - lam1, "task": lam2}  # Eq. 11
+    return {"distance": 1 - kl, "prediction": kl, "start": 1.0}
+
+
+def early(K: int, k: Tensor) -> Tensor:
+    """Weights of the task loss at steps k, uniform on 1 .. K: 0 where k is not early, else such
+    that their mean over draws is 1."""
+    last = math.ceil(EARLY * K)
+    return (k <= last).float() * K / last
 
 
 class OwnRun(nn.Module):
@@ -61,18 +110,12 @@ class OwnRun(nn.Module):
         super().__init__()
         self.teacher, self.student = teacher, student
 
-    def forward(
-        self, x: Tensor, z_K: Tensor, times: list[float], past: int = 0, own: bool = False
-    ) -> dict[str, Tensor]:
-        """x, z_K (B, ...); times: t_0 .. t_J of the run; past: positions (dimension 1) that are the
-        others' history, with the teacher's equilibrium or, if `own`, the end of the student's run.
-
-        Each term is the mean over the run's states. No gradient goes from one step into the last.
-        """
-        memory, student = None, self.student
+    def forward(self, batch: OwnRunBatch) -> dict[str, Tensor]:
+        """Means over the run's states. No gradient goes from one step into the one before."""
+        x, z_K, past, student, memory = batch.x, batch.z_K, batch.past, self.student, None
         if past:
             u, z = student.inject(x[:, :past]), z_K[:, :past]
-            memory = self.teacher.remember(u, self.walk(u, times) if own else z)
+            memory = self.teacher.remember(u, self.walk(u, batch.times) if batch.own else z)
             x, z_K = x[:, past:], z_K[:, past:]
         u = student.inject(x, memory)
         some = self.some(z_K)
@@ -80,7 +123,7 @@ class OwnRun(nn.Module):
             wanted = self.teacher.log_probabilities(some(z_K))
         z, history = self.teacher.initial(u).detach(), None
         errors, gaps = [], []
-        for t in times:
+        for t in batch.times:
             g, now = student.step(z, t, u, history)
             errors.append(distance(g, z_K, student.cell).mean())  # Eq. 9, on its own states
             gaps.append(divergence(wanted, self.teacher.log_probabilities(some(g))))
@@ -117,19 +160,14 @@ class Distillation(nn.Module):
         super().__init__()
         self.teacher, self.student, self.ema = teacher, student, ema
 
-    def forward(
-        self, x: Tensor, y: Tensor, k: Tensor, states: tuple[Tensor, ...], early: Tensor, past=0
-    ) -> dict[str, Tensor]:
-        """x, y (B, ...); k (B,); states (z_{k-2}, z_{k-1}, z_k, z_K), each (B, ...), with z_0 for
-        z_{-1}; early (B,): weights of the task loss; past: positions (dimension 1) that are the
-        others' history, with the teacher's equilibrium."""
-        memory = None
+    def forward(self, batch: TrajectoryBatch) -> dict[str, Tensor]:
+        x, y, past, student, memory = batch.x, batch.y, batch.past, self.student, None
         if past:
-            u, z_K = self.student.inject(x[:, :past]), states[-1][:, :past]
+            u, z_K = student.inject(x[:, :past]), batch.states[-1][:, :past]
             memory = self.teacher.remember(u, z_K)
-            x, y, states = x[:, past:], y[:, past:], [z[:, past:] for z in states]
-        student, (z_2, z_1, z_k, z_K) = self.student, states
-        t_2, t_1, t_k = (student.times.t((k - back).clamp(min=0)) for back in (2, 1, 0))
+            x, y = x[:, past:], y[:, past:]
+        z_2, z_1, z_k, z_K = (z[:, past:] if past else z for z in batch.states)
+        t_2, t_1, t_k = (student.times.t((batch.k - back).clamp(min=0)) for back in (2, 1, 0))
         with torch.no_grad():
             target = self.ema.g(z_1, z_2, t_1, t_2, self.ema.inject(x, memory))
         u = student.inject(x, memory)
@@ -138,35 +176,8 @@ class Distillation(nn.Module):
         return {
             "global": distance(g, z_K, student.cell).mean(),  # Eq. 9; Alg. 2, l. 4
             "local": distance(g, target, student.cell).mean(),  # Eq. 10; Alg. 2, l. 6
-            "task": (early * self.teacher.nll(h, y)).mean(),  # Eq. 14
+            "task": (batch.early * self.teacher.nll(h, y)).mean(),  # Eq. 14
         }
-
-
-class LearnedSolverLoss(nn.Module):
-    """What trains a LearnedSolver (Bai et al., 2022): no labels, f frozen.
-
-    steps: of its own run, each pulled to z_K, the k-th with a weight in proportion to k; no
-    gradient goes through f or from one step into the last.
-    """
-
-    def __init__(self, solver: LearnedSolver, steps: int):
-        super().__init__()
-        self.solver, self.steps = solver, steps
-
-    def forward(self, x: Tensor, z_K: Tensor, step: int) -> dict[str, Tensor]:
-        """x, z_K (B, ...); step: of the training, for the vanishing weight of `residual`."""
-        net, cell, solver = self.solver.teacher[0], self.solver.teacher[0].cell, self.solver
-        with torch.no_grad():
-            u = net.inject(x)
-        z = solver.initial(u)
-        terms = {"start": 5 * distance(z, z_K, cell).mean()}
-        advance, path, mixed = solver.stepper(lambda z: net.f(z, u)), 0.0, 0.0
-        for k in range(1, self.steps + 1):
-            z, _, gap = advance(z.detach())
-            weight = 2 * k / (self.steps * (self.steps + 1))
-            path = path + weight * (distance(z, z_K, cell) + 1e-12).sqrt().mean()
-            mixed = mixed + gap.abs().mean() / self.steps
-        return terms | {"path": 0.1 * path, "residual": 1e-4 * max(1 - step / 1000, 0.005) * mixed}
 
 
 class TeacherLoss(nn.Module):
@@ -181,17 +192,13 @@ class TeacherLoss(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(
-        self, x: Tensor, y: Tensor, steps: int, layers: int, probe: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """steps: of Picard's iteration, from z_0; layers: of f after them; probe (B, state...):
-        direction of the Jacobian estimate, or None for no estimate."""
-        net = self.net
+    def forward(self, batch: TeacherBatch) -> dict[str, Tensor]:
+        net, probe = self.net, batch.probe
         net.redraw()
-        u = net.inject(x)
+        u = net.inject(batch.x)
         z, terms = net.initial(u), {}
         with torch.no_grad(), parametrize.cached():  # weights without gradient, not kept for below
-            for _ in range(steps):
+            for _ in range(batch.steps):
                 z = net.f(z, u)
         with parametrize.cached():
             if probe is not None:  # |v^T J|^2 / n estimates |J|_F^2 / n (Bai et al., 2021b)
@@ -200,6 +207,6 @@ class TeacherLoss(nn.Module):
                 (vjp,) = torch.autograd.grad(f_z, z_in, probe, create_graph=True)
                 terms["jacobian"] = vjp.square().mean()
                 z = z.detach()
-            for _ in range(layers):
+            for _ in range(batch.layers):
                 z = net.f(z, u)
-        return {"task": net.nll(z, y).mean(), **terms}
+        return {"task": net.nll(z, batch.y).mean(), **terms}

@@ -1,45 +1,188 @@
-"""A run folder: what lies in it, how its networks are built and opened again.
+"""A run folder: who writes it and how, what lies in it, how its networks are opened again.
 
-train.py writes one, infer.py and compare.py answer from it. Its files hold tensors and plain
-values, no code: each network is built anew from the settings that are saved beside its weights.
+train.py writes one, infer.py and evidence/ answer from it. Its files hold tensors and plain values,
+no code: each network is built anew from the settings that are saved beside its weights.
 """
 
-import ctypes
+import dataclasses
 import gc
-import io
+import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
-from checkpoint import UsageError, contents_of, fingerprint, load, ours
-from config import LEARNED_SOLVERS, open_task
+from checkpoint import UsageError, fingerprint, load, provenance, save
+from config import Config, environment, open_task, pick_device
 from fpode import TimeMap
-from models import Equilibrium, mdeq, transformer
-from models.learned_solver import LearnedSolver
+from models import Equilibrium
 from student import Student
-from tasks import Task
+from tasks import Task, positions
 
 
-@dataclass
-class Run:
-    """A run folder's networks, ready to answer: the teacher, and each finished student, explicit
-    network and learned solver by name and direct network by its evaluations."""
+@dataclass(frozen=True)
+class Job:
+    """One start of a training command: its settings, its data, its place among the processes."""
 
-    folder: Path
+    config: Config
     task: Task
-    config: dict
-    teacher: Equilibrium
-    students: dict[str, tuple[Student, float]]  # name -> (EMA student, decay)
-    explicit: dict[str, nn.Module]
-    learned: dict[str, LearnedSolver]
-    direct: dict[int, Equilibrium]
+    data: str  # the fingerprint of the task's samples
+    rank: int
+    world: int
     device: torch.device
 
-    def solver(self) -> dict:
-        return {"m": self.config["m"]}
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def part(self) -> int:
+        """Samples that all processes compute together: a batch, or a part of it (--accumulate)."""
+        return self.config.batch // self.config.accumulate
+
+    @property
+    def share(self) -> slice:
+        """This process's samples of a part."""
+        each = self.part // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+def begin(config: Config, task: Task) -> Job:
+    """Makes the run's folder and joins the other processes; UsageError where that cannot be."""
+    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    if config.batch % (world * config.accumulate):
+        raise UsageError(
+            f"--batch {config.batch} is not divisible by {world} processes x --accumulate "
+            f"{config.accumulate}"
+        )
+    device = torch.device(pick_device(config.device))
+    if device.type == "cuda":
+        device = torch.device("cuda", environment("LOCAL_RANK", 0))
+        torch.cuda.set_device(device)
+    job = Job(config, task, task.fingerprint(), rank, world, device)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {job.folder}: cannot write there ({error.strerror})") from error
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    versions = dict(torch=torch.__version__, data=job.data)
+    log(job, start=dataclasses.asdict(config), **provenance(), **versions)
+    if said := task.said():
+        say(job, said)
+    return job
+
+
+def leave() -> None:
+    """Ends the process group, all ranks together: none is torn down under another's last words."""
+    if dist.is_initialized():
+        gc.collect()  # DDP modules are cycles, and each holds the group with its threads
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier(job: Job) -> None:
+    if job.world > 1:
+        dist.barrier()
+
+
+def log(job: Job, **line) -> None:
+    """A line of log.jsonl, by rank 0."""
+    if job.rank == 0:
+        with open(job.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+
+
+def say(job: Job, text: str) -> None:
+    """A line on the terminal, by rank 0, that leaves progress bars alone."""
+    if job.rank == 0:
+        tqdm.write(text)
+
+
+def tell(job: Job, stage, bar: tqdm, step: int, values: dict[str, Tensor]) -> None:
+    """An update's numbers, in the log and on the terminal."""
+    line = {name: value.item() for name, value in values.items()}
+    log(job, stage=stage.kind, student=job.config.name, step=step, **line)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
+    if bar.disable:
+        say(job, f"{stage.kind} {step}/{stage.steps}: {text}")
+    else:
+        bar.set_postfix_str(text)
+
+
+def samples(job: Job, parts: range) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y of this process's share of these parts of the training stream, on the device,
+    augmented if wanted."""
+    config, split = job.config, job.task.train
+
+    def keys() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in parts:
+            first = part * job.part
+            rows, _ = positions(len(split), first, job.part, config.seed)
+            seeds = config.seed * 10**9 + first + torch.arange(job.part)
+            yield rows[job.share], seeds[job.share] if config.augment else None
+
+    for x, y in split.stream(keys(), config.workers):
+        yield x.to(job.device), y.to(job.device)
+
+
+def generator(job: Job, kind: str, part: int) -> torch.Generator:
+    """The randomness of a part of a stage, the same on every process: draws are global, then
+    sliced. Dropout, if there is any, follows it, too."""
+    number = ("teacher", "student", "explicit").index(kind)
+    seed = (3 * job.config.seed + number) * 10**9 + part
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def state_shape(job: Job, net: Equilibrium) -> torch.Size:
+    """Shape of one sample's state. net is put in evaluation mode: one sample has no statistics."""
+    net.eval()
+    x, _ = job.task.train.batch(torch.arange(1))
+    return net.initial(net.inject(x.to(job.device))).shape[1:]
+
+
+def keep(job: Job, path: Path, kind: str, **contents) -> None:
+    """Writes a checkpoint with the run's settings and data beside its contents, by rank 0."""
+    if job.rank == 0:
+        save(path, kind, config=dataclasses.asdict(job.config), data=job.data, **contents)
+
+
+def kept(job: Job, path: Path, kind: str) -> dict | None:
+    """The checkpoint of an earlier start, None where there is none; UsageError where it was made
+    with other settings of its kind, or from other data. A rival has the teacher's settings."""
+    if not path.exists():
+        return None
+    saved = load(path, kind)
+    same_data(path, saved, job.data)
+    for field in dataclasses.fields(Config):
+        old, new = (saved["config"].get(field.name, field.default), getattr(job.config, field.name))
+        of = "student" if kind == "student" else "teacher"
+        if of in field.metadata["group"].part_of and old != new:
+            raise UsageError(
+                f"{path} was made with --{field.name} {old}, not {new}; "
+                "choose another --out (for a student, another --name), or delete it"
+            )
+    return saved
+
+
+def restore(job: Job, stage) -> int:
+    """Loads the checkpoint of a stage of train.py, if there is one: its number of updates."""
+    saved = kept(job, stage.path, stage.kind)
+    if saved is None:
+        return 0
+    for key, value in stage.extra.items():  # what a student depends on: its clock, its teacher
+        if saved[key] != value:
+            raise UsageError(f"{stage.path} has {key} {saved[key]}, not {value}; delete it")
+    for name, part in stage.states().items():
+        fill(part, saved[name], stage.path)
+    return saved["step"]
 
 
 def student_path(folder: Path, name: str) -> Path:
@@ -66,32 +209,12 @@ def same_data(path: Path, checkpoint: dict, data: str) -> None:
         )
 
 
-def load_of(path: Path, kind: str, teacher: Equilibrium) -> dict:
-    """The checkpoint of a student or learned solver; UsageError where it is another teacher's."""
-    saved = load(path, kind)
-    if saved["teacher"] != fingerprint(teacher):
+def same_teacher(path: Path, checkpoint: dict, teacher: Equilibrium) -> None:
+    """UsageError where a student or learned solver was trained with another teacher."""
+    if checkpoint["teacher"] != fingerprint(teacher):
         raise UsageError(
             f"{path} was distilled from another teacher than the one beside it; delete it"
         )
-    return saved
-
-
-def teacher_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a teacher's file under our names: a checkpoint of ours, or a state dict of
-    locuslab/deq, which may lie within a larger checkpoint; no pickled code is run."""
-    advice = "allowed are a teacher.pt of train.py and a state dict of locuslab/deq"
-    raw = contents_of(path, advice)
-    if ours(raw):
-        return load(path, "teacher")["model"]
-    try:
-        state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign file makes the reader raise
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} holds no plain tensors ({reason}); {advice}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path} is no dict of tensors; {advice}")
-    return (transformer if any(".dec_attn." in name for name in state) else mdeq).published(state)
 
 
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
@@ -100,18 +223,25 @@ def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
     return Student(teacher, TimeMap(rho, config["K"]), start=config["start"], **options)
 
 
-def build_learned(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:
-    """A fresh learned solver; UsageError where the teacher is not of its kind."""
-    try:
-        return LearnedSolver(teacher, m, graph_net=kind == "ignn-solver")
-    except ValueError as error:
-        raise UsageError(f"--stage {kind}: {error}") from error
+@dataclass
+class Run:
+    """A run folder's networks, ready to answer: the teacher, and each finished student by name."""
+
+    folder: Path
+    task: Task
+    config: dict
+    teacher: Equilibrium
+    students: dict[str, tuple[Student, float]]  # name -> (EMA student, decay)
+    device: torch.device
+
+    def solver(self) -> dict:
+        return {"m": self.config["m"]}
 
 
 def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=None) -> Run:
     """Loads a run folder; names: students to load, all finished ones by default; now: settings that
     win over those of the training, as where the data set is."""
-    device = torch.device(pick_device(device))
+    place = torch.device(pick_device(device))
     saved = load(folder / "teacher.pt", "teacher")
     config = saved["config"] | (now or {})
     if saved["step"] < config["teacher_steps"]:
@@ -123,92 +253,18 @@ def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=
     same_data(folder / "teacher.pt", saved, task.fingerprint())
     teacher = task.network(config)
     fill(teacher, saved["model"], folder / "teacher.pt")
-    teacher.to(device).eval().requires_grad_(False)
+    teacher.to(place).eval().requires_grad_(False)
     if names is None:
         found = sorted(folder.glob("student*.pt"))
         names = [path.stem.removeprefix("student").removeprefix("-") for path in found]
     students = {}
     for name in names:
-        saved = load_of(student_path(folder, name), "student", teacher)
+        path = student_path(folder, name)
+        saved = load(path, "student")
+        same_teacher(path, saved, teacher)
         if "decay" in saved:
             student = build_student(teacher, saved["config"], saved["rho"])
             student.load_state_dict(saved["ema"])
-            students[name] = (student.to(device).eval().requires_grad_(False), saved["decay"])
+            students[name] = (student.to(place).eval().requires_grad_(False), saved["decay"])
             config = config | {"K": saved["config"]["K"]}
-    return Run(
-        *(folder, task, config, teacher, students),
-        *(open_explicit(folder, task, device), open_learned(folder, teacher, device)),
-        *(open_direct(folder, task, device), device),
-    )
-
-
-def open_direct(folder: Path, task: Task, device: torch.device) -> dict[int, Equilibrium]:
-    """The finished direct networks of a run folder, by the evaluations that they make."""
-    found = {}
-    for path in folder.glob("direct-*.pt"):
-        saved = load(path, "direct")
-        if saved["step"] == saved["updates"]:
-            net = task.network(saved["config"])
-            fill(net, saved["model"], path)
-            found[int(path.stem.removeprefix("direct-"))] = net.to(device).eval()
-    return dict(sorted(found.items()))
-
-
-def open_explicit(folder: Path, task: Task, device: torch.device) -> dict[str, nn.Module]:
-    """The finished explicit networks of a run folder, by name."""
-    explicit = {}
-    for path in sorted(folder.glob("explicit-*.pt")):
-        kind, saved = path.stem.removeprefix("explicit-"), load(path, "explicit")
-        if saved["step"] >= saved["config"]["explicit_steps"]:
-            net = task.explicit(saved["config"] | {"explicit": kind, "pretrained": False})
-            net.load_state_dict(saved["model"])
-            foreign = saved["config"].get("pretrained")
-            name = f"{kind} (torchvision's weights)" if foreign else kind
-            explicit[name] = net.to(device).eval()
-    return explicit
-
-
-def open_learned(
-    folder: Path, teacher: Equilibrium, device: torch.device
-) -> dict[str, LearnedSolver]:
-    """The finished learned solvers of a run folder, by name."""
-    solvers = {}
-    for kind in LEARNED_SOLVERS:
-        path = folder / f"{kind}.pt"
-        if not path.exists():
-            continue
-        saved = load_of(path, kind, teacher)
-        if saved["step"] == saved["updates"]:
-            solver = build_learned(teacher, kind, saved["config"]["m"])
-            solver.load_state_dict(saved["model"])
-            solvers[kind] = solver.to(device).eval().requires_grad_(False)
-    return solvers
-
-
-LIBC = ctypes.CDLL(None)  # the process's own symbols: the C library among them
-
-
-def pick_device(name: str) -> str:
-    """The device that a --device flag means; on a CPU, also lets glibc keep freed memory.
-
-    It would map each large tensor anew, a page fault per 4 KB: two fifths of the time of an update
-    on a graph of 169,343 nodes.
-    """
-    if hasattr(LIBC, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        LIBC.mallopt(M_MMAP_MAX, 0)
-        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: allowed is auto | cpu | cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is there; allowed is auto | cpu")
-    return name
-
-
-def leave() -> None:
-    """Ends the process group, all ranks together: none is torn down under another's last words."""
-    gc.collect()  # DDP modules are cycles, and each holds the group with its threads
-    dist.barrier()
-    dist.destroy_process_group()
+    return Run(folder, task, config, teacher, students, place)

@@ -58,6 +58,7 @@ class Student(nn.Module):
         super().__init__()
         self.times, self.gamma, self.anderson = times, gamma, anderson
         self.two_point = dict(sample_dims=teacher.sample_dims)
+        self.memory = teacher.memory
         self.cell = fold(copy.deepcopy(teacher.cell)).requires_grad_(True)
         self.W = nn.ModuleList(nn.Linear(C, C) for C in self.cell.channels)
         self.w_t = nn.ParameterList(torch.zeros(C) for C in self.cell.channels)

@@ -36,13 +36,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anderson import anderson
-from checkpoint import UsageError, atomic
+from checkpoint import UsageError, atomic, fingerprint
+from config import DTYPES
 from models import Equilibrium
+from runs import Job, say, state_shape
 from tasks import Split, positions
 
 Solve = Callable[[Tensor], Tensor]  # x (B, ...) -> states (n, B, ...), the last one z_K
 # Eq. 13: its probability, the first step that may be replaced, and the last ones that stay.
 P_AUG, K_MIN, K_TAIL = 0.1, 1, 3
+REUSE = 8  # uses of a trajectory in the rolling store
 
 
 @torch.no_grad()
@@ -75,6 +78,37 @@ def plan(n: int, states: int, size: int, dtype: torch.dtype, cache_gb: float, di
         f"{dtype.itemsize} bytes = {full:.3g} GB; memory budget {cache_gb:g} GB, disk budget "
         f"{disk_gb:g} GB: {kind} store"
     )
+
+
+def make_store(job: Job, teacher: Equilibrium, ends: bool) -> "Memory":
+    """The train split's trajectories, or their ends alone, in the store that fits the budgets."""
+    config, split = job.config, job.task.train
+    dtype, states = DTYPES[config.cache_dtype], 1 if ends else config.K + 1
+    size, budgets = state_shape(job, teacher).numel(), (config.cache_gb, config.disk_gb)
+    kind, message = plan(len(split), states, size, dtype, *budgets)
+    if config.store != "auto":
+        kind, message = config.store, f"{message}; chosen by hand: {config.store}"
+    say(job, message)
+
+    def solve(x: Tensor) -> Tensor:
+        x = x.to(job.device)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            return sample(teacher, x, config.K, ends, m=config.m)
+
+    common = (solve, split, job.part, config.seed)
+    options = dict(chunk=config.chunk, dtype=dtype)
+    if kind == "memory":
+        return Memory(*common, **options)
+    if kind == "disk":
+        header = {"teacher": fingerprint(teacher), "K": config.K, "m": config.m, "split": "train"}
+        folder = job.folder / ("equilibria" if ends else "trajectories")
+        return Disk(*common, folder=folder, header=header, **options)
+    slots = int(config.cache_gb * 1e9 / (states * size * dtype.itemsize))
+    # No more than one of each sample, and to fill it at most a fifth of all solves.
+    solves = config.student_steps * config.batch // REUSE
+    slots = min(slots, max(REUSE, min(len(split), solves // 4) // job.world))
+    options |= dict(augment=config.augment, workers=config.workers)
+    return Rolling(*common, slots=slots, **options)
 
 
 class Memory:
@@ -215,12 +249,19 @@ class Rolling(Memory):
     """
 
     def __init__(
-        self, solve: Solve, *args, slots: int, reuse: int, augment=False, workers=0, **options
+        self,
+        solve: Solve,
+        *args,
+        slots: int,
+        reuse: int = REUSE,
+        augment=False,
+        workers=0,
+        **options,
     ):
         if slots < reuse:
             raise UsageError(
-                f"a rolling store needs room for --reuse = {reuse} trajectories at least, the "
-                f"budget holds {slots}: raise --cache_gb or lower --reuse"
+                f"a rolling store needs room for {reuse} trajectories at least, the budget holds "
+                f"{slots}: raise --cache_gb"
             )
         self.solver, self.reuse, self.augment, self.workers = solve, reuse, augment, workers
         self.at_once, self.seconds, self.stream = options["chunk"], 0.0, None

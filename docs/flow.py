@@ -16,7 +16,7 @@ from torch import nn
 from anderson import anderson, picard
 from fpode import TimeMap, contraction, field, propose_rho, rk4
 from infer import cdeq
-from losses import OwnRun
+from losses import OwnRun, OwnRunBatch
 from models import Cell, Equilibrium
 from student import Student
 
@@ -66,7 +66,7 @@ def distil(net: Equilibrium, x: torch.Tensor, updates: int = 400) -> Student:
     for _ in range(updates):
         times = student.times.schedule(int(torch.randint(1, 9, ())), DECAY)
         adam.zero_grad()
-        terms = loss(x, states[-1], times)
+        terms = loss(OwnRunBatch(x, states[-1], times))
         (terms["distance"] + terms["start"]).backward()
         adam.step()
     return student.requires_grad_(False)

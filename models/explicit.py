@@ -49,27 +49,24 @@ class Vision(Reference):
         return F.cross_entropy(self(x).float(), y, reduction="none")
 
 
-def vision(settings: dict, classes: int) -> Vision:
-    """The network that settings name by `explicit`, with torchvision's weights if `pretrained`."""
+def vision(name: str, settings: dict, classes: int) -> Vision:
+    """torchvision's network of this name; NAME-pretrained has its ImageNet weights."""
     from torchvision.models import get_model
 
-    name = settings["explicit"]
-    if settings["pretrained"]:
+    if name.endswith("-pretrained"):
         if classes != 1000:
-            raise UsageError(
-                f"--pretrained: torchvision's weights tell 1000 classes, not {classes}"
-            )
+            raise UsageError(f"{name}: torchvision's weights tell 1000 classes, not {classes}")
         options = dict(weights="DEFAULT")
     else:
         options = dict(num_classes=classes)
         if name in ("googlenet", "inception_v3"):
             options |= dict(aux_logits=False, init_weights=True)
     try:
-        return Vision(get_model(name, **options))
+        return Vision(get_model(name.removesuffix("-pretrained"), **options))
     except ValueError as error:
-        raise UsageError(f"--explicit {name}: torchvision has no such network") from error
+        raise UsageError(f"explicit-{name}: torchvision has no such network") from error
     except OSError as error:
-        raise UsageError(f"--pretrained: {name} cannot be downloaded ({error})") from error
+        raise UsageError(f"explicit-{name} cannot be downloaded ({error})") from error
 
 
 class Explicit(Reference):
@@ -230,9 +227,9 @@ class TCN(Language):
 LANGUAGE = {"transformer-xl": TransformerXL, "tcn": TCN}
 
 
-def language(settings: dict, words: int, segment: int, memory: int) -> Language:
-    """The network that settings name by `explicit`, of the preset's width."""
-    kind, preset = settings["explicit"], PRESETS[settings["preset"]]
-    if kind not in LANGUAGE:
-        raise UsageError(f"--explicit {kind}: allowed is {' | '.join(LANGUAGE)}")
-    return LANGUAGE[kind](words, preset, segment, memory)
+def language(name: str, settings: dict, words: int, segment: int, memory: int) -> Language:
+    """The network of this name, as wide as the settings' preset."""
+    if name not in LANGUAGE:
+        allowed = " | ".join(f"explicit-{known}" for known in LANGUAGE)
+        raise UsageError(f"explicit-{name}: allowed is {allowed}")
+    return LANGUAGE[name](words, PRESETS[settings["preset"]], segment, memory)

@@ -179,7 +179,8 @@ class GraphCell(Cell):
 
     @torch.no_grad()
     def project(self) -> None:
-        self.W.copy_(project_rows(self.W, self.kappa))
+        if not parametrize.is_parametrized(self):  # which keeps the norm below kappa by itself
+            self.W.copy_(project_rows(self.W, self.kappa))
 
     def start(self) -> GraphStart:
         return GraphStart(*self.channels)
@@ -202,9 +203,6 @@ class LinearCell(GraphCell):
         super().__init__(graph, d, kappa)
         parametrize.register_parametrization(self, "W", Gram(kappa))
 
-    def project(self) -> None:
-        pass  # the parametrization keeps |W|_2 <= kappa
-
     def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
         return [self.linear(z, u)]
 
@@ -217,9 +215,6 @@ class MonotoneCell(GraphCell):
         self.a = a
         nn.init.normal_(self.W, std=d**-0.5)
         parametrize.register_parametrization(self, "W", Cayley(d, kappa))
-
-    def project(self) -> None:
-        pass  # the parametrization keeps |W|_2 < kappa
 
     def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
         return [torch.lerp(z, self.linear(z, u), self.a).relu_()]

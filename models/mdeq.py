@@ -12,11 +12,10 @@ State: (B, n), all branches flattened channels-last and joined, finest first. A 
 view (B, H, W, C) for the student's W and t, and a channels-last image for the convolutions.
 
 The imagenet-* and cifar-* presets are those of locuslab/deq's MDEQ-Vision, tensor for tensor, and
-`published` reads its checkpoints. `python -m models.mdeq` lists all presets with their sizes.
+models/published.py reads its checkpoints; `python -m models` lists all presets with their sizes.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -208,6 +207,24 @@ class Bottleneck(nn.Module):
         return (self.body(x) + self.shortcut(x)).relu()
 
 
+def refuse_odd(sides: list[int], branches: int, downsample: int) -> None:
+    """ValueError where an image side cannot be halved as often as stem and branches do."""
+    unit = 2 ** (branches - 1 + downsample)
+    if any(side % unit for side in sides):
+        raise ValueError(
+            f"{branches} branches after {downsample} halvings need image sides divisible by "
+            f"{unit}, got {sides[0]} x {sides[1]}"
+        )
+
+
+def stem(colors: int, C: int, downsample: int, entry: bool, norm) -> Iterator[nn.Module]:
+    """The layers before the first branch: two convolutions or more, and the 1x1 one at the end."""
+    for i in range(max(2, downsample)):
+        yield from (conv(C if i else colors, C, 3, 2 if i < downsample else 1), norm(C), nn.ReLU())
+    if entry:
+        yield from (conv(C, C, 1), norm(C), nn.ReLU())
+
+
 class MDEQ(Equilibrium):
     """Stem and injection, the multiscale cell, and a head that merges branches fine to coarse.
 
@@ -215,7 +232,6 @@ class MDEQ(Equilibrium):
     of each branch; final: width before the classifier; downsample: how often the stem halves the
     image; entry: a 1x1 convolution at its end; batch_norm: in stem and head, else GroupNorm;
     weighted: weight normalisation of f's convolutions but those that change resolution.
-    Raises ValueError where an image side cannot be halved as often as stem and branches do.
     """
 
     def __init__(
@@ -236,28 +252,20 @@ class MDEQ(Equilibrium):
     ):
         super().__init__()
         colors, *sides = image
-        unit = 2 ** (len(channels) - 1 + downsample)
-        if any(side % unit for side in sides):
-            raise ValueError(
-                f"{len(channels)} branches after {downsample} halvings need image sides divisible "
-                f"by {unit}, got {sides[0]} x {sides[1]}"
-            )
+        refuse_odd(sides, len(channels), downsample)
 
         def norm(width: int, affine: bool = True) -> nn.Module:
             if batch_norm:
                 return nn.BatchNorm2d(width, affine=affine)
             return nn.GroupNorm(groups, width, affine=affine)
 
-        C, widths = channels[0], [4 * c for c in head]
-        stem: list[nn.Module] = []
-        for i in range(max(2, downsample)):
-            stem += conv(C if i else colors, C, 3, 2 if i < downsample else 1), norm(C), nn.ReLU()
-        self.injection = Stem(*stem, *((conv(C, C, 1), norm(C), nn.ReLU()) if entry else ()))
+        self.injection = Stem(*stem(colors, channels[0], downsample, entry, norm))
         size = sides[0] >> downsample, sides[1] >> downsample
         self.cell = MDEQCell(size, channels, expansion, groups, dropout, post_affine, weighted)
         self.increase = nn.ModuleList(
             Bottleneck(c_in, c, norm, batch_norm) for c_in, c in zip(channels, head, strict=True)
         )
+        widths = [4 * c for c in head]
         self.down = nn.ModuleList(
             nn.Sequential(conv(a, b, 3, 2, bias=True), norm(b), nn.ReLU())
             for a, b in pairwise(widths)
@@ -277,64 +285,3 @@ class MDEQ(Equilibrium):
             branch = self.increase[i](v.permute(0, 3, 1, 2))
             y = branch if y is None else branch + self.down[i - 1](y)
         return self.last(y)
-
-
-# Names of locuslab/deq's MDEQ-Vision and ours, applied in this order.
-NAMES = (
-    (r"^module\.", ""),  # DataParallel
-    (r"weight_g$", "parametrizations.weight.original0"),
-    (r"weight_v$", "parametrizations.weight.original1"),
-    (r"^downsample\.", "injection."),
-    (r"^stage0\.(\d)", lambda m: f"injection.{6 + int(m[1])}"),
-    (r"^fullstage\.branches\.(\d+)\.blocks\.0\.", r"cell.blocks.\1."),
-    (r"\.gn(\d)\.", r".norm\1."),
-    (r"^fullstage\.fuse_layers\.", "cell.fuse."),
-    (r"\.net\.(\d+)\.conv", lambda m: f".{3 * int(m[1])}"),
-    (r"\.net\.(\d+)\.gnorm", lambda m: f".{3 * int(m[1]) + 1}"),
-    (r"\.net\.conv", ".0"),
-    (r"\.net\.gnorm", ".1"),
-    (r"^fullstage\.post_fuse_layers\.(\d+)\.conv", r"cell.post.\1.1"),
-    (r"^fullstage\.post_fuse_layers\.(\d+)\.gnorm", r"cell.post.\1.2"),
-    (r"^incre_modules\.(\d+)\.0\.downsample", r"increase.\1.shortcut"),
-    (r"^incre_modules\.(\d+)\.0\.conv(\d)", lambda m: f"increase.{m[1]}.body.{3 * int(m[2]) - 3}"),
-    (r"^incre_modules\.(\d+)\.0\.bn(\d)", lambda m: f"increase.{m[1]}.body.{3 * int(m[2]) - 2}"),
-    (r"^downsamp_modules\.", "down."),
-    (r"^final_layer\.", "last."),
-    (r"^classifier\.", "last.5."),
-)
-
-
-def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of locuslab/deq's MDEQ-Vision under the names of MDEQ; others stay as they are,
-    so that whoever loads the result sees them."""
-    renamed = {}
-    for name, value in state.items():
-        for pattern, ours in NAMES:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = value
-    return renamed
-
-
-def sizes(preset: str) -> dict[str, int]:
-    """Parameters, those of f, numbers of a state, and FLOPs of one f on one image (multiply and
-    add count as two)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    net = MDEQ(**PRESETS[preset]).eval()
-    u = net.inject(torch.zeros(1, *PRESETS[preset]["image"]))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.f(net.initial(u), u)
-    return {
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "f": sum(p.numel() for p in net.cell.parameters()),
-        "state": sum(net.cell.sizes),
-        "flops": counter.get_total_flops(),
-    }
-
-
-if __name__ == "__main__":
-    print(f"{'preset':20}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP per f':>14}")
-    for name in PRESETS:
-        row = sizes(name)
-        numbers = f"{row['parameters']:14,}{row['f']:14,}{row['state']:10,}"
-        print(f"{name:20}{numbers}{row['flops'] / 1e9:14.3f}")

@@ -13,13 +13,12 @@ map of the word's adaptive embedding; the head is an adaptive softmax over the s
 Shapes: x, y (B, L) words; z (B, L, d), each token a problem of its own (sample_dims = 2): with one
 Anderson weight for a sequence, later words would change earlier predictions.
 
-The `transformer-103` presets are those of locuslab/deq, tensor for tensor, and `published` reads
-its checkpoints. `python -m models.transformer` lists all presets with their sizes.
+The `transformer-103` presets are those of locuslab/deq, tensor for tensor, and
+models/published.py reads its checkpoints.
 
 Departs from the reference: no dropout on attention weights (its configuration has 0).
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -275,64 +274,3 @@ class DEQTransformer(Equilibrium):
         for a, b in list(pairs)[1:]:
             mean = (a.weight + b.weight) / 2
             a.weight.copy_(mean), b.weight.copy_(mean)
-
-
-# Names of locuslab/deq's DEQ-Sequence and ours, applied in this order.
-NAMES = (
-    (r"^module\.", ""),  # DataParallel
-    (r"weight_g$", "parametrizations.weight.original0"),
-    (r"weight_v$", "parametrizations.weight.original1"),
-    (r"^word_emb\.emb_layers\.", "injection.embedding.words."),
-    (r"^word_emb\.emb_projs\.", "injection.embedding.projections."),
-    (r"^inject_conv\.", "injection.linear."),
-    (r"^func\.dec_attn\.(qkv|r)_net\.", r"cell.\1."),
-    (r"^func\.dec_attn\.o_net\.", "cell.out."),
-    (r"^func\.dec_attn\.r_([wr])_bias$", r"cell.b_\1"),
-    (r"^func\.pos_ff\.ff1_net\.", "cell.wide."),
-    (r"^func\.pos_ff\.ff2_net\.", "cell.narrow."),
-    (r"^crit\.out_layers\.(\d+)\.weight$", r"softmax.words.\1.weight"),
-    (r"^crit\.out_layers\.(\d+)\.bias$", r"softmax.biases.\1"),
-    (r"^crit\.out_projs\.", "softmax.projections."),
-    (r"^crit\.cluster_", "softmax.cluster."),
-)
-
-
-def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of locuslab/deq's DEQ-Transformer under the names of DEQTransformer, its
-    convolutions of length 1 as the matrices that they are; others stay as they are, so that whoever
-    loads the result sees them."""
-    renamed = {}
-    for name, value in state.items():
-        if name.endswith("pos_emb.inv_freq"):  # a constant
-            continue
-        for pattern, ours in NAMES:
-            name = re.sub(pattern, ours, name)
-        renamed[name] = value.squeeze(-1) if value.dim() == 3 else value
-    return renamed
-
-
-def sizes(preset: str, words: int, segment: int = 150) -> dict[str, int]:
-    """Parameters, those of f, and FLOPs of one f on a segment with a memory as long (multiply and
-    add count as two)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    net = DEQTransformer(words, **PRESETS[preset]).eval()
-    d, M = net.cell.channels[0], segment
-    u = Context(torch.zeros(1, M + segment, 3 * d), torch.zeros(1, M, d))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.f(net.initial(u), u)
-    return {
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "f": sum(p.numel() for p in net.cell.parameters()),
-        "state": segment * d,
-        "flops": counter.get_total_flops(),
-    }
-
-
-if __name__ == "__main__":
-    print("Vocabulary of 267,735 words (WikiText-103), segments of 150 with a memory of 150")
-    print(f"{'preset':24}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP per f':>14}")
-    for name in PRESETS:
-        row = sizes(name, 267_735)
-        numbers = f"{row['parameters']:14,}{row['f']:14,}{row['state']:10,}"
-        print(f"{name:24}{numbers}{row['flops'] / 1e9:14.3f}")

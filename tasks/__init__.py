@@ -70,11 +70,12 @@ class Task:
     columns of its tables. note: said in every table. margin: within it, a metric counts as equal to
     the teacher's; of perplexity, a share. directs: evaluations J that its tables train a network
     for directly. decays: candidates for the base of the inference schedule. choice: samples of the
-    validation split that it and the tables' equal NFE are chosen on, 0 for all. explicit(settings):
-    the reference network of finite depth that they ask for; references: those that the tables have;
-    learned: the learned solvers that they have; unmeasured: those whose rows stay empty; rivals:
-    other teachers with rows of their own, presets or the first one with its student's updates
-    added. said(): what is to be known of the data before training. edges: a graph's.
+    validation split that it and the tables' equal NFE are chosen on, 0 for all. explicit(name,
+    settings): the reference network of finite depth of this name, trained with explicit_defaults in
+    place of the teacher's; references: those that the tables have; learned: the learned solvers
+    that they have; rivals: other teachers with rows of their own, presets or the first one with its
+    student's updates added. said(): what is to be known of the data before training. edges: a
+    graph's.
     """
 
     name: str
@@ -97,10 +98,10 @@ class Task:
     directs: tuple[int, ...] = (1, 2, 4)
     decays: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
     choice: int = 0
-    explicit: Callable[[dict], nn.Module] | None = None
+    explicit: Callable[[str, dict], nn.Module] | None = None
+    explicit_defaults: dict = field(default_factory=dict)
     references: tuple[str, ...] = ()
     learned: tuple[str, ...] = ("hyperdeq",)
-    unmeasured: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ("teacher-longer",)
     said: Callable[[], str] = str
     edges: Tensor | None = None

@@ -160,6 +160,7 @@ def photographs(
         nfes=(1, 2, 4, 8, 20),
         defaults=defaults,
         explicit=functools.partial(vision, classes=len(classes)),
+        explicit_defaults=dict(teacher_lr=1e-3, teacher_decay=0.05),
         references=REFERENCES,
         directs=(1, 2),
         rivals=(),
@@ -172,7 +173,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
     defaults = dict(
         batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
         teacher_steps=250_000, growing=0.5, before=18, K=26, student_steps=100_000,
-        cache_dtype="bf16", chunk=64, save_every=1000, log_every=100, explicit_steps=250_000,
+        cache_dtype="bf16", chunk=64, save_every=1000,
         **PHOTOGRAPHS,
     )  # fmt: skip
     return photographs("imagenet", data, image_size, unreadable, defaults)
@@ -182,8 +183,7 @@ def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> 
     """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
     defaults = dict(
         batch=64, teacher_steps=2500, teacher_lr=2e-3, before=6, layers=3,
-        store="rolling", student_steps=1000, explicit_steps=2500, explicit_lr=1e-3,
-        explicit_decay=0.05, save_every=100, log_every=50, **PHOTOGRAPHS,
+        store="rolling", student_steps=1000, save_every=100, **PHOTOGRAPHS,
     )  # fmt: skip
     return photographs(
         "imagenette", data, image_size, unreadable, defaults, folder="imagenette-64",
@@ -214,6 +214,7 @@ def downloaded(name: str, cls: str, data: Path, statistics: dict, side: int, **m
         tuple(train.classes),
         read=lambda path: plain(picture(path, mode))[None],
         explicit=functools.partial(vision, classes=len(train.classes)),
+        explicit_defaults=dict(teacher_lr=1e-3, teacher_decay=0.05),
         references=("resnet18",),
         **more,
     )
@@ -222,7 +223,7 @@ def downloaded(name: str, cls: str, data: Path, statistics: dict, side: int, **m
 def cifar10(data: Path) -> Task:
     defaults = dict(
         batch=96, teacher_steps=100_000, teacher_lr=1e-3, teacher_decay=0.0, student_steps=20_000,
-        student_lr=1e-3, save_every=500, log_every=100,
+        student_lr=1e-3, save_every=500,
     )  # fmt: skip
     return downloaded("cifar10", "CIFAR10", data, CIFAR, 32, family="cifar", defaults=defaults)
 

@@ -224,7 +224,7 @@ def text_task(
         margin=0.05,
         choice=4,  # streams: an eighth of the words
         explicit=functools.partial(language, words=len(known), segment=segment, memory=memory),
-        **dict(references=("transformer-xl", "tcn"), unmeasured=("gcnn", "awd-qrnn")) | more,
+        **dict(references=("transformer-xl", "tcn")) | more,
     )
 
 
@@ -232,8 +232,7 @@ def text_task(
 LITTLE = dict(
     batch=16, teacher_steps=6000, teacher_lr=3e-3, teacher_decay=0.05, growing=0.7,
     before=6, layers=2, student_steps=1000,
-    store="rolling", cache_gb=1.0, chunk=16, explicit_steps=6000, explicit_lr=3e-3,
-    explicit_decay=0.05, save_every=100, log_every=50,
+    store="rolling", cache_gb=1.0, chunk=16, save_every=100,
 )  # fmt: skip
 
 
@@ -243,8 +242,7 @@ def wikitext103(data: Path, segment: int = 150, memory: int = 150) -> Task:
         batch=56, teacher_steps=300_000, teacher_lr=2.5e-4, teacher_decay=0.0, clip=0.25,
         growing=0.1, before=24, layers=3, K=38, student_steps=50_000, student_lr=1e-4,
         cache_dtype="bf16", chunk=8, cache_gb=16.0, dtype="bf16",
-        explicit_steps=300_000, explicit_lr=2.5e-4,
-        save_every=1000, log_every=100,
+        save_every=1000,
     )  # fmt: skip
     names = ("transformer-103", "transformer-103-pre-ln", "transformer-small", "transformer-tiny")
     known, ids = read_folder(where(data, "wikitext-103"))
@@ -265,10 +263,10 @@ def folder(data: Path, segment: int = 64, memory: int = 64) -> Task:
 
 def embedded(data: Path, segment: int = 32, memory: int = 32) -> Task:
     """The embedded text; `data` is not used."""
-    defaults = LITTLE | dict(teacher_steps=3000, student_steps=600, explicit_steps=3000)
+    defaults = LITTLE | dict(teacher_steps=3000, student_steps=600)
     known, texts = read_docstrings()
     ids = [encode(texts[part], known, "docstrings") for part in PARTS]
-    more = dict(presets=("transformer-tiny",), defaults=defaults, references=(), unmeasured=())
+    more = dict(presets=("transformer-tiny",), defaults=defaults, references=())
     return text_task("docstrings", known, ids, segment, memory, **more)
 
 

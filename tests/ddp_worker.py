@@ -10,11 +10,20 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import compare
 import infer
 import runs
+from evidence.evaluate import evaluate
+from evidence.methods import methods
+from evidence.rivals import Rivals
 from fpode import TimeMap
-from losses import Distillation, OwnRun, TeacherLoss
+from losses import (
+    Distillation,
+    OwnRun,
+    OwnRunBatch,
+    TeacherBatch,
+    TeacherLoss,
+    TrajectoryBatch,
+)
 from models.mdeq import MDEQ
 from models.transformer import DEQTransformer
 from student import Student
@@ -23,7 +32,7 @@ from tasks import Split
 
 def gradients(module, network, batch) -> torch.Tensor:
     network.zero_grad()
-    sum(module(*batch).values()).backward()
+    sum(module(batch).values()).backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
@@ -33,13 +42,14 @@ def gap(module, network, batch) -> float:
 
     def shard(v):
         if isinstance(v, tuple):
-            return tuple(shard(z) for z in v)
+            return tuple(map(shard, v))
         if not isinstance(v, torch.Tensor):
             return v
         return v[len(v) // world * rank : len(v) // world * (rank + 1)]
 
     whole = gradients(module, network, batch)
-    parts = gradients(DistributedDataParallel(module), network, tuple(map(shard, batch)))
+    mine = type(batch)(**{key: shard(v) for key, v in vars(batch).items()})
+    parts = gradients(DistributedDataParallel(module), network, mine)
     return ((whole - parts).abs().max() / whole.abs().max()).item()
 
 
@@ -52,9 +62,9 @@ def gaps(net, x, y, past=()) -> list[float]:
     paper = Distillation(frozen, plain, copy.deepcopy(plain).requires_grad_(False))
     k = torch.tensor([1, 2, 3, 4, 5, 6, 1, 1])
     return [
-        gap(TeacherLoss(net), net, (x, y, 2, 2, torch.randn_like(z_K))),
-        gap(paper, plain, (x, y, k, states, torch.ones(8), *past[:1])),
-        gap(OwnRun(frozen, ours), ours, (x, z_K, ours.times.schedule(3, 0.8), *past)),
+        gap(TeacherLoss(net), net, TeacherBatch(x, y, 2, 2, torch.randn_like(z_K))),
+        gap(paper, plain, TrajectoryBatch(x, y, k, states, torch.ones(8), *past[:1])),
+        gap(OwnRun(frozen, ours), ours, OwnRunBatch(x, z_K, ours.times.schedule(3, 0.8), *past)),
     ]
 
 
@@ -68,7 +78,7 @@ def main(folder: str) -> None:
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
     # One by one: batches of other sizes round otherwise.
-    row = infer.evaluate(run, compare.methods(run), odd, (2,), batch=1)["cdeq"][0]
+    row = evaluate(run, methods(run, Rivals({}, {}, {})), odd, (2,), batch=1)["cdeq"][0]
     if dist.get_rank() == 0:
         print("GAPS", *found, "VALUE", row["value"], row["distance"], flush=True)
     runs.leave()

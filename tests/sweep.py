@@ -12,11 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
-import compare
 import infer
-import train
+import runs
 from checkpoint import UsageError
 from config import Config, parse
+from evidence import compare
 
 VALUES = ("", "-1", "0", "nan", "inf", "-inf", "1e23", "1" + "0" * 23, "abc", "é\n", "../x", "1 2")
 INFER = "nfe batch decay tol max-nfe tokens temperature top-k seed student memory split data "
@@ -39,7 +39,7 @@ def settings(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
             if value and str(held) != value and float(value) != held:
                 raise AssertionError(f"{name} is {held}")
             if name in ("batch", "accumulate", "device"):
-                train.Trainer(config, task)
+                runs.begin(config, task)
 
         yield " ".join(["train.py", *flags]), taken
 
@@ -56,7 +56,7 @@ def comparisons(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Flags of compare.py, with `--finished`, on runs that are not there."""
     for name, value in itertools.product(COMPARE, VALUES):
         flags = [f"--results={out}", f"--{name}={value}", "--finished"]
-        yield " ".join(["compare.py", *flags]), lambda flags=flags: compare.main(flags)
+        yield " ".join(["compare", *flags]), lambda flags=flags: compare.main(flags)
 
 
 def sweep(run: str, every: int = 1) -> tuple[int, list[str]]:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import tables
 from checkpoint import UsageError, atomic, load, save
+from evidence import tables
 
 from .conftest import ROOT
 from .sweep import sweep

@@ -13,7 +13,8 @@ import train
 from anderson import anderson, picard
 from checkpoint import UsageError
 from config import parse
-from losses import TeacherLoss
+from evidence import rivals
+from losses import TeacherBatch, TeacherLoss
 from models.explicit import EXPLICIT
 from models.ignn import CELLS, IGNN, Graph, project_rows
 from student import Student
@@ -164,7 +165,7 @@ def test_many_phantom_steps_are_implicit_differentiation(kind):
     y = torch.randint(2, (1, N))
     loss = TeacherLoss(net)
     net.zero_grad()
-    loss(x, y, 100, 150)["task"].backward()
+    loss(TeacherBatch(x, y, 100, 150))["task"].backward()
     unrolled = {name: p.grad.clone() for name, p in net.named_parameters()}
 
     net.zero_grad()
@@ -287,7 +288,7 @@ def test_the_embedded_graph_is_the_same_with_any_number_of_threads():
 
 def test_a_teacher_that_diverges_is_one_line(tmp_path):
     flags = ["--task=digits-graph", *TINY, f"--out={tmp_path}", "--teacher_lr=1e20"]
-    with pytest.raises(UsageError, match=r"teacher: the .* is (nan|inf) at step"):
+    with pytest.raises(UsageError, match=r"teacher: the .* is (nan|inf), at step"):
         train.main([*flags, "--teacher_steps=20", "--stage=teacher"])
 
 
@@ -422,7 +423,7 @@ def test_ogb_files_load_without_running_code(tmp_path):
             file.write("".join(",".join(map(str, row)) + "\n" for row in rows))
     (folder / "RELEASE_v1.txt").touch()
     for _ in range(2):
-        task = graphs.ogbn_arxiv(tmp_path)
+        task = graphs.ogbn("ogbn-arxiv", tmp_path)
         assert torch.allclose(task.train.x[0], data["x"])
         assert torch.equal(task.test.y[0] >= 0, data["test_mask"])
         assert task.note == "ogbn-arxiv graph, structural features"
@@ -441,7 +442,7 @@ def test_kappa_outside_the_unit_interval_is_refused(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--preset=eignn"], ["--preset=mignn-pr"]], ids=str)
 def test_every_preset_trains_and_resumes(flags, tmp_path, capsys):
-    train.main([*TINY, *flags, f"--out={tmp_path}", "--stage=explicit", "--explicit_steps=3"])
+    rivals.main(["explicit-gcn", *TINY, *flags, f"--out={tmp_path}"])
     train.main([*TINY, *flags, f"--out={tmp_path}"])
     first = capsys.readouterr().out
     assert "| cdeq |" in first and "| gcn |" in first

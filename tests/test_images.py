@@ -15,8 +15,11 @@ import train
 from anderson import picard
 from checkpoint import UsageError, load
 from config import parse
-from losses import TeacherLoss
-from models.mdeq import MDEQ, PRESETS, published, sizes
+from evidence import rivals
+from losses import TeacherBatch, TeacherLoss
+from models.__main__ import sizes
+from models.mdeq import MDEQ, PRESETS
+from models.published import translated
 from tasks import images
 from tasks.pictures import decoded
 
@@ -154,7 +157,7 @@ def reference_logits(state: dict, x: torch.Tensor, layers: int) -> torch.Tensor:
 def test_published_weights_give_the_published_logits(prefix):
     state = reference_state()
     net = MDEQ(**SMALL).eval()
-    net.load_state_dict(published({prefix + name: value for name, value in state.items()}))
+    net.load_state_dict(translated({prefix + name: value for name, value in state.items()}))
     x = torch.randn(2, 3, 32, 32)
     u = net.inject(x)
     with torch.no_grad():
@@ -206,7 +209,7 @@ def test_dropout_masks_stay_for_a_solve_and_change_with_the_next():
 def test_a_network_without_a_solver_differentiates_every_layer():
     """The unrolled loss is that of `layers` Picard steps, and its gradient autograd's."""
     net, x, y = MDEQ(**SMALL).eval(), torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    TeacherLoss(net)(x, y, steps=0, layers=3)["task"].backward()
+    TeacherLoss(net)(TeacherBatch(x, y, steps=0, layers=3))["task"].backward()
     found = net.cell.blocks[1].conv2.parametrizations.weight.original1.grad.clone()
     net.zero_grad()
     u = net.inject(x)
@@ -227,7 +230,7 @@ def test_training_memory_is_independent_of_the_solver():
         sizes = []
         pack = lambda v, sizes=sizes: sizes.append(v.numel()) or v  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            TeacherLoss(net)(x, y, steps, layers=1)
+            TeacherLoss(net)(TeacherBatch(x, y, steps, layers=1))
         kept.append(sum(sizes))
     assert kept[0] == kept[1] > x.numel()
 
@@ -256,7 +259,7 @@ TINY += ["--before=2", "--image_size=32", "--workers=0", "--device=cpu", "--chun
     "flags",
     [
         ["--store=memory"],
-        ["--store=rolling", "--cache_gb=0.02", "--reuse=2", "--accumulate=2"],
+        ["--store=rolling", "--cache_gb=0.02", "--accumulate=2"],
         ["--optimizer=sgd", "--store=disk", "--dtype=bf16", "--workers=1"],
     ],
 )
@@ -272,7 +275,7 @@ def test_photographs_train(flags, tree, tmp_path, capsys):
 def test_two_processes_train_on_photographs(tree, tmp_path):
     done = command(
         "train.py", "--task=imagenette", f"--data={tree}", f"--out={tmp_path}", *TINY,
-        "--store=rolling", "--cache_gb=0.02", "--reuse=2", processes=2,
+        "--store=rolling", "--cache_gb=0.02", processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.json").exists()
@@ -450,22 +453,22 @@ def test_sides_that_cannot_be_halved_are_refused(tree):
 @pytest.mark.parametrize("name", ["alexnet", "googlenet", "resnet34"])
 def test_references_classify_pictures(name, tree):
     task = images.imagenette(tree, image_size=64)
-    net = task.explicit({"explicit": name, "pretrained": False}).eval()
+    net = task.explicit(name, {}).eval()
     x, y = task.test.batch(torch.arange(4))
     assert net(x).shape == (4, 2) and net.nll(x, y).shape == (4,)
     with pytest.raises(UsageError, match="no such network"):
-        task.explicit({"explicit": "nonsense", "pretrained": False})
+        task.explicit("nonsense", {})
 
 
 def test_rows_of_foreign_weights_say_so(tree, tmp_path, monkeypatch):
-    """--pretrained stores torchvision's weights untrained, and the table names them."""
-    net = images.vision({"explicit": "alexnet", "pretrained": False}, 2)
-    monkeypatch.setattr(images, "vision", lambda settings, classes: net)
+    """NAME-pretrained stores torchvision's weights untrained, and the table names them."""
+    net = images.vision("alexnet", {}, 2)
+    monkeypatch.setattr(images, "vision", lambda name, settings, classes: net)
     flags = ["--task=imagenette", f"--data={tree}", f"--out={tmp_path}", "--store=memory"]
     flags += ["--image_size=64", *(flag for flag in TINY if "image_size" not in flag)]
-    train.main([*flags, "--stage=explicit", "--explicit=alexnet", "--pretrained"])
+    rivals.main(["explicit-alexnet-pretrained", *flags])
     train.main(flags)
-    assert "| alexnet (torchvision's weights) |" in (tmp_path / "report.md").read_text()
+    assert "| alexnet-pretrained |" in (tmp_path / "report.md").read_text()
 
 
 def test_top_five_counts_the_five_likeliest():

@@ -9,6 +9,7 @@ import torch
 import infer
 from anderson import Counter
 from checkpoint import UsageError
+from evidence.evaluate import evaluate
 
 from .conftest import command
 
@@ -72,9 +73,9 @@ def test_evaluation_counts_what_it_declares(tiny_run):
     run = infer.open_run(tiny_run, device="cpu")
     method = infer.counted(run.teacher, *run.students[""])
     cheat = replace(method, solve=lambda z0, u, nfe: method.solve(z0, u, nfe + 1))
-    infer.evaluate(run, {"cdeq": method}, run.task.valid, (1, 2))
+    evaluate(run, {"cdeq": method}, run.task.valid, (1, 2))
     with pytest.raises(AssertionError, match="cheat: 6 evaluations were made, 4 declared"):
-        infer.evaluate(run, {"cheat": cheat}, run.task.valid, (1, 2))
+        evaluate(run, {"cheat": cheat}, run.task.valid, (1, 2))
 
 
 def test_the_table_prints_and_parses(tiny_run, capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import tables
-from intervals import difference
+from evidence import tables
+from evidence.intervals import difference
 
 
 def items(values, units=None) -> torch.Tensor:

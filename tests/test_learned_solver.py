@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import compare
 import infer
 import train
 from anderson import Counter, picard
 from checkpoint import UsageError
-from losses import LearnedSolverLoss
+from evidence import rivals
+from evidence.evaluate import evaluate
+from evidence.measure import parameters
+from evidence.methods import methods
+from evidence.rivals import EndsBatch, LearnedSolverLoss
 from models import mdeq, transformer
 from models.ignn import IGNN, Graph
 from models.learned_solver import LearnedSolver, learned
@@ -110,7 +113,7 @@ def test_training_pulls_the_start_and_the_path_to_the_equilibrium(net):
     module, optimizer = LearnedSolverLoss(solver, 4), torch.optim.AdamW(solver.parameters(), 8e-3)
     history = []
     for step in range(40):
-        terms = module(x, z_K, step)
+        terms = module(EndsBatch(x, z_K, step))
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -120,20 +123,22 @@ def test_training_pulls_the_start_and_the_path_to_the_equilibrium(net):
 
 
 def test_a_learned_solver_has_its_rows(tmp_path):
-    """train.py --stage hyperdeq, resumed too; its evaluations are counted as all others."""
+    """Trained, and started again; its evaluations are counted as all others."""
     flags = [*TINY, f"--out={tmp_path}", "--student_steps=3"]
-    for stage in ("teacher", "hyperdeq", "hyperdeq"):
-        train.main([*flags, f"--stage={stage}"])
+    train.main([*flags, "--stage=teacher"])
+    for _ in range(2):
+        rivals.main(["hyperdeq", *flags])
     run = infer.open_run(tmp_path, device="cpu")
-    table = compare.methods(run)
-    rows = infer.evaluate(run, table, run.task.valid, (1, 3))["hyperdeq"]
+    found = rivals.open_rivals(run)
+    table = methods(run, found)
+    rows = evaluate(run, table, run.task.valid, (1, 3))["hyperdeq"]
     assert [row["nfe"] for row in rows] == [1, 3]
-    assert compare.parameters(run, "hyperdeq") > compare.parameters(run, "anderson")
+    assert parameters(run, found, "hyperdeq") > parameters(run, found, "anderson")
     with pytest.raises(UsageError, match="has updates 3, not 4; delete it"):
-        train.main([*flags[:-1], "--stage=hyperdeq", "--student_steps=4"])
-    with pytest.raises(UsageError, match="--stage ignn-solver: ignn-solver needs a network of a"):
-        train.main([*flags, "--stage=ignn-solver"])
+        rivals.main(["hyperdeq", *flags[:-1], "--student_steps=4"])
+    with pytest.raises(UsageError, match="ignn-solver: ignn-solver needs a network of a"):
+        rivals.main(["ignn-solver", *flags])
     (tmp_path / "teacher.pt").unlink()
     train.main([*flags, "--stage=teacher", "--seed=1"])
     with pytest.raises(UsageError, match="distilled from another teacher"):
-        infer.open_run(tmp_path, device="cpu")
+        rivals.open_rivals(infer.open_run(tmp_path, device="cpu"))

@@ -1,4 +1,4 @@
-"""Every command of the README runs, with tiny settings and on small stand-ins for downloads."""
+"""Every command of both README.md runs, with tiny settings and small stand-ins for downloads."""
 
 import contextlib
 import dataclasses
@@ -17,12 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-import compare
 import config
-import speed
-import tables
 import tasks
 import train
+from evidence import compare, speed, tables, timing
 from models import mdeq, transformer
 from tasks import Split, graphs, text
 
@@ -30,28 +28,28 @@ from . import test_graphs, test_images, test_text
 from .conftest import ROOT, TINY
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = [code for kind, code in FENCED.findall((ROOT / "README.md").read_text()) if not kind]
+PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "evidence/README.md"))
+BLOCKS = [code for kind, code in FENCED.findall(PAGES) if not kind]
 LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
 COMMANDS = [" ".join(line.partition("#")[0].split()) for line in LINES]
 COMMANDS = [line for line in COMMANDS if line.startswith(("python", "torchrun"))]
-# The files that lines of compare.py make, beside or instead of TASK.json.
+# The files that lines of evidence.compare make, beside or instead of TASK.json.
 MADE = {
     "--tables 1 4 5": ["", "-grid"],
     "--figures 2 3": ["", "-aa"],
     "--ablation": ["-ablation"],
     "--teachers": ["-teachers"],
-    "--peers": ["-peers"],
 }
 
 
 def tiny_flags(task: str) -> list[str]:
     """A whole run of a task in seconds."""
     if task in graphs.TASKS:
-        flags = [*test_graphs.TINY, "--explicit_steps=2"]
+        flags = test_graphs.TINY
     elif task in text.TASKS:
         flags = test_text.TINY
     elif task.startswith("imagenet"):
-        flags = [*test_images.TINY, "--explicit_steps=2", "--cache_gb=0.02", "--reuse=2"]
+        flags = [*test_images.TINY, "--cache_gb=0.02"]
     else:
         flags = [*TINY, "--workers=0"]
     return [*(flag for flag in flags if "--task" not in flag)]
@@ -102,10 +100,16 @@ def world(tmp_path_factory):
         small_networks(patch)
         short_measurements(patch)
         # In this process, where the stand-ins are.
-        patch.setattr(compare, "train", lambda *flags: train.main([*flags]))
+        patch.setattr(compare, "train", in_this_process)
+        patch.setattr(speed, "train", in_this_process)
         patch.setattr(speed, "fresh", printed)
-        patch.setattr(tables, "__file__", str(folder / "tables.py"))
+        patch.setattr(tables, "ROOT", folder)
         yield folder
+
+
+def in_this_process(module: str, *flags: str) -> None:
+    """compare.train without another process."""
+    importlib.import_module(module).main([*flags])
 
 
 def small_tasks(patch) -> None:
@@ -132,7 +136,10 @@ def small_networks(patch) -> None:
     for name in ("imagenet-small", "imagenette"):
         patch.setitem(mdeq.PRESETS, name, test_images.SMALL)
     vision = tasks.images.vision
-    plain = lambda settings, classes: vision(settings | {"pretrained": False}, classes)  # noqa: E731
+
+    def plain(name, settings, classes):
+        return vision(name.removesuffix("-pretrained"), settings, classes)
+
     patch.setattr(tasks.images, "vision", plain)
     narrow = {key: value for key, value in test_text.SMALL.items() if key in ("d", "heads")}
     narrow |= dict(inner=test_text.INNER, cutoffs=test_text.CUTS)
@@ -144,8 +151,8 @@ def short_measurements(patch) -> None:
     """Two students of each kind, one round of times, small inputs."""
     for name in ("GRID", "ABLATIONS", "TEACHERS"):
         patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
-    rounds, overhead, scaling = compare.interleaved, speed.solver_overhead, speed.graph_scaling
-    for module in (compare, speed):
+    rounds, overhead, scaling = timing.interleaved, speed.solver_overhead, speed.graph_scaling
+    for module in (timing, speed):
         once = lambda jobs, n, *device, **_: rounds(jobs, 1, *device)  # noqa: E731
         patch.setattr(module, "interleaved", once)
     example = speed.example
@@ -155,38 +162,38 @@ def short_measurements(patch) -> None:
 
 
 def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 35
+    assert len(COMMANDS) >= 30
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, world, tmp_path, monkeypatch, capsys):
     line = line.replace('"The game was"', "The").replace("torchrun --nproc_per_node=8", "python")
     script, *flags = line.split()[1:]
-    if script == "-m":  # prints every preset's size, or draws
+    if script == "-m":
+        script, *flags = flags
+    if script.startswith(("models", "docs")):  # prints every preset's size, or draws
         figure = tmp_path / "figure.png"
-        monkeypatch.setattr(sys, "argv", [*flags, str(figure)])
-        runpy.run_module(flags[0], run_name="__main__")
+        monkeypatch.setattr(sys, "argv", [script, *flags, str(figure)])
+        runpy.run_module(script, run_name="__main__")
         assert figure.exists() or "parameters" in capsys.readouterr().out
         return
-    if "--peers" in flags:
-        pytest.importorskip("torchdeq", reason="an optional extra")
     asked = dict(itertools.pairwise([*flags, ""]))
     main = importlib.import_module(script.removesuffix(".py")).main
-    if script == "tables.py":
+    if script == "evidence.tables":
         pages = Path("README.md"), Path("RESULTS.md")
         before = [page.read_text() for page in pages]
         main()
         assert [page.read_text() for page in pages] == before
         return
     task = asked.get("--task") or Path(asked.get("--run", "runs/digits")).name
-    if script == "train.py":
+    if script in ("train.py", "evidence.rivals"):
         main([*flags, *tiny_flags(task)])
-    elif script == "compare.py":
+    elif script == "evidence.compare":
         made = ["--seeds", "0", "--results", str(tmp_path)]
         main([*flags, *made, "--flags", *tiny_flags(task)])
         wanted = next((parts for asked, parts in MADE.items() if asked in line), [""])
         assert all((tmp_path / f"{task}{part}.json").exists() for part in wanted)
-    elif script == "speed.py":
+    elif script == "evidence.speed":
         main(flags)
         assert speed.PARTS.keys() < json.loads(Path("results/speed.json").read_text()).keys()
     else:

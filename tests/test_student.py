@@ -7,7 +7,17 @@ import torch
 
 from anderson import Counter, anderson
 from fpode import TimeMap
-from losses import Distillation, OwnRun, TeacherLoss, distance, divergence, total
+from losses import (
+    Distillation,
+    OwnRun,
+    OwnRunBatch,
+    TeacherBatch,
+    TeacherLoss,
+    TrajectoryBatch,
+    distance,
+    divergence,
+    weights,
+)
 from student import Student, update_ema
 
 from .conftest import TanhNet
@@ -89,13 +99,12 @@ def test_distance_is_relative_per_sample_and_branch(net, batch):
     )
 
 
-def test_total_weighs_the_terms():
-    """Eq. 11, and the two terms of the default recipe."""
-    terms = {"global": torch.tensor(1.0), "local": torch.tensor(2.0), "task": torch.tensor(4.0)}
-    assert total(terms, lam1=0.8, lam2=0.05, kl=0.5).item() == pytest.approx(0.8 + 0.4 + 0.2)
-    values = {"distance": 1.0, "prediction": 2.0, "start": 4.0}
-    terms = {name: torch.tensor(value) for name, value in values.items()}
-    assert total(terms, lam1=0.8, lam2=0.05, kl=0.25).item() == pytest.approx(0.75 + 0.5 + 4)
+def test_the_weights_of_the_terms():
+    """Eq. 11 for the paper's terms; distance and prediction share the default recipe's loss."""
+    options = dict(lam1=0.8, lam2=0.05, kl=0.25)
+    paper, ours = (weights(recipe, **options) for recipe in ("paper", "own-run"))
+    assert paper == {"global": 0.8, "local": pytest.approx(0.2), "task": 0.05}
+    assert ours == {"distance": 0.75, "prediction": 0.25, "start": 1.0}
 
 
 def test_loss_terms_are_the_equations(net, student, batch):
@@ -111,7 +120,7 @@ def test_loss_terms_are_the_equations(net, student, batch):
     states = (pick(k - 2), pick(k - 1), pick(k), z[6])
     y = torch.tensor([1, 2, 3, 4])
     early = torch.tensor([2.0, 2.0, 0.0, 0.0])
-    terms = Distillation(net, student, ema)(x, y, k, states, early)
+    terms = Distillation(net, student, ema)(TrajectoryBatch(x, y, k, states, early))
     t = lambda k: student.times.t(k.clamp(min=0))  # noqa: E731
     g = student.g(pick(k), pick(k - 1), t(k), t(k - 1), u)
     target = ema.g(pick(k - 1), pick(k - 2), t(k - 1), t(k - 2), u)
@@ -130,9 +139,11 @@ def test_no_gradient_reaches_teacher_or_ema(net, student, batch, recipe):
     student.requires_grad_(True)
     x, k = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
     if recipe == "paper":
-        terms = Distillation(net, student, ema)(x, k, k, (z[0], z[1], z[2], z[6]), torch.ones(4))
+        terms = Distillation(net, student, ema)(
+            TrajectoryBatch(x, k, k, (z[0], z[1], z[2], z[6]), torch.ones(4))
+        )
     else:
-        terms = OwnRun(net, student)(x, z[6], student.times.schedule(4, 0.8))
+        terms = OwnRun(net, student)(OwnRunBatch(x, z[6], student.times.schedule(4, 0.8)))
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for p in (*net.parameters(), *ema.parameters()))
@@ -147,7 +158,7 @@ def test_own_states_are_those_of_inference(net, student, batch):
     u = student.inject(x).detach()
     student.h = counter = Counter(student.h)
     times = student.times.schedule(5, 0.8)
-    terms = OwnRun(net, student)(x, z[6], times)
+    terms = OwnRun(net, student)(OwnRunBatch(x, z[6], times))
     assert counter.nfe == 5
     own = cdeq(student, net.initial(u), u, 5, 0.8)[1:]
     expected = torch.stack([distance(v, z[6], net.cell).mean() for v in own]).mean()
@@ -198,7 +209,9 @@ def test_a_start_stands_in_for_z_0_alone(richer, batch):
 def test_a_start_has_a_loss_of_its_own(net, richer, batch):
     """d(start(u), z_K): 1 for a fresh one, which is 0, and a gradient that f has no part in."""
     _, z = batch
-    terms = OwnRun(net, richer)(torch.randn(4, 1, 8, 8), z[6], richer.times.schedule(1, 0.8))
+    terms = OwnRun(net, richer)(
+        OwnRunBatch(torch.randn(4, 1, 8, 8), z[6], richer.times.schedule(1, 0.8))
+    )
     assert terms["start"].item() == pytest.approx(1)
     terms["start"].backward()
     assert all(out.bias.grad.abs().sum() > 0 for out in richer.start.out)
@@ -218,7 +231,7 @@ def test_phantom_gradient_is_the_implicit_gradient_in_the_limit():
     dz*/dA = (I - J)^{-1} df/dA, here against the dense inverse."""
     net = TanhNet().double()
     x, y = torch.randn(1, 5, dtype=torch.float64), torch.tensor([2])
-    loss = TeacherLoss(net)(x, y, steps=80, layers=60)["task"]
+    loss = TeacherLoss(net)(TeacherBatch(x, y, steps=80, layers=60))["task"]
     (phantom,) = torch.autograd.grad(loss, net.cell.A)
     z = anderson(lambda z: net.f(z, x), torch.zeros_like(x), 80, last=True).requires_grad_(True)
     (dz,) = torch.autograd.grad(net.nll(z, y).mean(), z)
@@ -236,5 +249,5 @@ def test_jacobian_term_estimates_the_squared_norm():
     J = torch.autograd.functional.jacobian(lambda z: net.f(z, x)[0], z)[:, 0]
     module = TeacherLoss(net)
     many, labels = x.expand(4000, -1), y.expand(4000)
-    estimate = module(many, labels, 40, 1, torch.randn(4000, 5))["jacobian"]
+    estimate = module(TeacherBatch(many, labels, 40, 1, torch.randn(4000, 5)))["jacobian"]
     assert estimate.item() == pytest.approx((J.square().sum() / 5).item(), rel=0.1)

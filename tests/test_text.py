@@ -13,9 +13,13 @@ import train
 from anderson import anderson, picard
 from checkpoint import UsageError, load
 from config import parse
+from evidence import rivals
+from evidence.evaluate import evaluate
 from fpode import TimeMap
-from losses import Distillation, OwnRun, distance
-from models.transformer import AdaptiveEmbedding, AdaptiveSoftmax, DEQTransformer, published, sizes
+from losses import Distillation, OwnRun, OwnRunBatch, TrajectoryBatch, distance
+from models.__main__ import sizes
+from models.published import translated
+from models.transformer import AdaptiveEmbedding, AdaptiveSoftmax, DEQTransformer
 from models.transformer import shift as relative_shift
 from student import Student
 from tasks import Split, text
@@ -27,7 +31,7 @@ D, HEADS, INNER, WORDS, CUTS = 32, 4, 48, 60, (20, 30, 45)
 SMALL = dict(words=WORDS, d=D, heads=HEADS, inner=INNER, cutoffs=CUTS, segment=5, memory=5)
 TINY = ["--task=docstrings", "--teacher_steps=6", "--growing=0.5", "--student_steps=6"]
 TINY += ["--batch=8", "--K=4", "--before=3", "--segment=16", "--memory=16"]
-TINY += ["--explicit_steps=4", "--cache_gb=0.02", "--device=cpu"]
+TINY += ["--cache_gb=0.02", "--device=cpu"]
 
 
 def transformer(seed=0, **options) -> DEQTransformer:
@@ -48,8 +52,9 @@ def words(rows: int, length: int, seed=0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "docstrings"
-    for stage in (["teacher"], ["student"], ["explicit", "--explicit", "transformer-xl"]):
-        train.main([*TINY, "--out", str(folder), "--stage", *stage])
+    for stage in ("teacher", "student"):
+        train.main([*TINY, "--out", str(folder), "--stage", stage])
+    rivals.main(["explicit-transformer-xl", *TINY, "--out", str(folder)])
     return folder
 
 
@@ -146,7 +151,7 @@ def test_published_weights_give_the_published_losses(prefix, pre_norm):
     """Same weights, words and steps: the same loss of every word, with memory and without."""
     state = reference_state()
     net = DEQTransformer(**SMALL | dict(pre_norm=pre_norm)).eval()
-    net.load_state_dict(published({prefix + name: value for name, value in state.items()}))
+    net.load_state_dict(translated({prefix + name: value for name, value in state.items()}))
     first, second, y = words(2, 5), words(2, 5, seed=1), words(2, 5, seed=2)
     for layers in (1, 4):
         memory = None
@@ -162,7 +167,7 @@ def test_published_weights_give_the_published_losses(prefix, pre_norm):
 
 @pytest.mark.parametrize("preset", ["transformer-103", "transformer-103-pre-ln"])
 def test_presets_have_the_published_sizes(preset):
-    found = sizes(preset, 267_735)
+    found = sizes(preset)
     assert (found["parameters"], found["f"]) == (97_851_488, 69_753_000)
     assert found["state"] == 105_000
     assert found["flops"] / 1e9 == pytest.approx(21.7, rel=0.02)
@@ -257,14 +262,18 @@ def test_distillation_takes_the_first_half_of_a_window_for_memory():
     k, (_, z_1, z_k, z_K) = torch.tensor([1, 2, 3]), z[:, :, 5:]
     u = net.inject(x[:, :5])
     u = net.inject(x[:, 5:], net.remember(u, z[3][:, :5]))
-    terms = Distillation(net, student, student)(x, y, k, z.unbind(), torch.ones(3), past=5)
+    terms = Distillation(net, student, student)(
+        TrajectoryBatch(x, y, k, z.unbind(), torch.ones(3), past=5)
+    )
     g = student.g(z_k, z_1, student.times.t(k), student.times.t(k - 1), u)
     assert torch.allclose(terms["global"], distance(g, z_K, net.cell).mean())
     times, own = student.times.schedule(2, 0.8), OwnRun(net, student)
     states = infer.cdeq(student, net.initial(u), u, 2, 0.8)[1:]
     expected = torch.stack([distance(v, z_K, net.cell).mean() for v in states]).mean()
-    assert torch.allclose(own(x, z[3], times, past=5)["distance"], expected)
-    assert not torch.allclose(own(x, z[3], times, past=5, own=True)["distance"], expected)
+    assert torch.allclose(own(OwnRunBatch(x, z[3], times, past=5))["distance"], expected)
+    assert not torch.allclose(
+        own(OwnRunBatch(x, z[3], times, past=5, own=True))["distance"], expected
+    )
 
 
 def test_words_keep_their_case_and_lines_their_ends(tmp_path):
@@ -331,7 +340,7 @@ def test_perplexity_is_the_same_for_any_batch_and_counts_every_word(run_folder):
     methods = {"cdeq": infer.counted(run.teacher, *run.students[""])}
     x, y = run.task.test.x[:5, :40], run.task.test.y[:5, :40].clone()
     y[4, 20:] = -1
-    rows = [infer.evaluate(run, methods, Split(x, y), (1, 3), batch)["cdeq"] for batch in (1, 2, 5)]
+    rows = [evaluate(run, methods, Split(x, y), (1, 3), batch)["cdeq"] for batch in (1, 2, 5)]
     for row in rows[1:]:
         assert row[1]["value"] == pytest.approx(rows[0][1]["value"], rel=1e-4)
     net, nll = run.teacher, 0.0
@@ -346,27 +355,24 @@ def test_perplexity_is_the_same_for_any_batch_and_counts_every_word(run_folder):
     assert rows[0][1]["value"] == pytest.approx(math.exp(nll / (y >= 0).sum().item()), rel=1e-4)
 
 
-def test_own_and_the_teachers_memory_differ_and_none_is_a_third(run_folder):
+def test_own_memory_and_the_teachers_differ(run_folder):
     run = infer.open_run(run_folder, device="cpu")
     methods = {"cdeq": infer.counted(run.teacher, *run.students[""])}
     part = Split(run.task.test.x[:4, :64], run.task.test.y[:4, :64])
-    values = {
-        infer.evaluate(run, methods, part, (2,), memory=kind)["cdeq"][0]["value"]
-        for kind in ("own", "teacher", "none")
-    }
-    assert len(values) == 3
+    own, theirs = (evaluate(run, methods, part, (2,), own_memory=own) for own in (True, False))
+    assert own["cdeq"][0]["value"] != theirs["cdeq"][0]["value"]
 
 
 def test_explicit_networks_are_causal_and_read_their_context_once(run_folder):
     run = infer.open_run(run_folder, device="cpu")
-    net = run.explicit["transformer-xl"]
+    net = rivals.open_rivals(run).explicit["transformer-xl"]
     parts = list(net.segments(words(2, 40), words(2, 40, seed=1)))
     assert sum((y >= 0).sum().item() for _, y in parts) == 80
     x, y = words(1, 12), torch.full((1, 12), -1)
     y[0, 3] = 5
     later = torch.cat([x[:, :4], words(1, 8, seed=5)], 1)
     for kind in ("transformer-xl", "tcn"):
-        net = run.task.explicit({"explicit": kind, "preset": "transformer-tiny"}).eval()
+        net = run.task.explicit(kind, {"preset": "transformer-tiny"}).eval()
         assert torch.allclose(net.nll(x, y), net.nll(later, y), atol=1e-5)
 
 
@@ -444,7 +450,7 @@ def test_a_text_trains_by_every_recipes_flags(tmp_path, flags):
     part = Split(run.task.test.x[:2, :32], run.task.test.y[:2, :32])
     ((student, decay),) = run.students.values()
     methods = {"cdeq": infer.counted(run.teacher, student, decay)}
-    (row,) = infer.evaluate(run, methods, part, (2,))["cdeq"]
+    (row,) = evaluate(run, methods, part, (2,))["cdeq"]
     assert 1 < row["value"] < 10 * len(run.task.classes)
 
 
@@ -471,6 +477,5 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
 
 
 def test_weights_of_pictures_are_not_for_texts(tmp_path):
-    flags = [*TINY, f"--out={tmp_path}", "--stage=explicit", "--explicit=tcn", "--pretrained"]
-    with pytest.raises(UsageError, match="torchvision has no tcn"):
-        train.main(flags)
+    with pytest.raises(UsageError, match="explicit-tcn-pretrained: allowed is explicit-transfor"):
+        rivals.main(["explicit-tcn-pretrained", *TINY, f"--out={tmp_path}"])

@@ -12,18 +12,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import compare
 import infer
-import tables
+import losses
 import train
 from checkpoint import UsageError, load
 from config import parse
+from evidence import rivals, tables
+from evidence.evaluate import evaluate
+from evidence.measure import measure
+from evidence.merge import merge
+from evidence.methods import methods
 from fpode import TimeMap
 from losses import TeacherLoss
 from models.mdeq import MDEQ
 from student import Student
+from tasks import Split
 
-from .conftest import TINY, command, fit
+from .conftest import NONE, TINY, command, fit
 
 
 def weights(folder, name="student.pt"):
@@ -130,8 +135,8 @@ def test_two_processes_equal_one(tiny_run, tmp_path):
     gaps, (value, distance) = map(float, words[1:7]), map(float, words[8:10])
     assert max(gaps) < 2e-6
     run = infer.open_run(tiny_run, device="cpu")
-    odd = infer.Split(run.task.test.x[:101], run.task.test.y[:101])
-    row = infer.evaluate(run, compare.methods(run), odd, (2,), batch=1)["cdeq"][0]
+    odd = Split(run.task.test.x[:101], run.task.test.y[:101])
+    row = evaluate(run, methods(run, NONE), odd, (2,), batch=1)["cdeq"][0]
     assert value == pytest.approx(row["value"]) and distance == pytest.approx(row["distance"])
 
     flags = [*TINY, "--stage=teacher", f"--out={tmp_path}"]
@@ -159,7 +164,7 @@ def test_two_processes_equal_one(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("store", ["disk", "rolling"])
 def test_every_store_trains(store, tmp_path):
-    fit(tmp_path, f"--store={store}", "--cache_gb=0.01", "--reuse=4")
+    fit(tmp_path, f"--store={store}", "--cache_gb=0.01")
     assert "decay" in load(tmp_path / "student.pt", "student")
 
 
@@ -204,8 +209,7 @@ def test_flags_win_over_recipes_and_recipes_over_defaults():
         ("--workers 1000000000", "--workers 1000000000: allowed is >= 0 and <= 256"),
         ("--lam1 1.5", "--lam1 1.5: allowed is >= 0 and <= 1"),
         ("--K 1", "--K 1: allowed is >= 2"),
-        ("--explicit gcn", "--explicit: it is a setting of --stage explicit"),
-        ("--direct 2", "--direct: it is a setting of --stage direct"),
+        ("--direct 2", "unrecognized arguments: --direct 2"),
         ("--layers 0", "--layers 0: allowed is >= 1 and <= 16"),
         ("--student_lr nan", "--student_lr nan: allowed is > 0"),
         ("--kl 2", "--kl 2.0: allowed is >= 0 and <= 1"),
@@ -339,7 +343,7 @@ def test_the_task_loss_weighs_one_on_average():
     """App. B.4: early steps only, whatever K."""
     for K in (5, 20):
         k = torch.arange(1, K + 1)
-        weights = train.task_weights(K, k)
+        weights = losses.early(K, k)
         assert weights.mean().item() == pytest.approx(1)
         assert (weights > 0).sum() == math.ceil(K / 4) and (weights.diff() <= 0).all()
 
@@ -347,36 +351,37 @@ def test_the_task_loss_weighs_one_on_average():
 def test_a_start_trains_at_its_own_rate(tiny_run):
     saved = load(tiny_run / "student.pt", "student")
     slow, fast = (group["lr"] for group in saved["optimizer"]["param_groups"])
-    assert fast / slow == pytest.approx(train.GUESS_LR / saved["config"]["student_lr"])
+    assert fast / slow == pytest.approx(train.START_LR / saved["config"]["student_lr"])
     assert saved["ema"]["start.out.0.weight"].any()
 
 
 def test_a_direct_network_is_cut_off_and_trained_from_z0(tiny_run, tmp_path, monkeypatch):
-    """--stage direct: J layers in every update, as many updates as teacher and student together;
+    """direct-J: J layers in every update, as many updates as teacher and student together;
     one that was begun is finished, one of other updates is refused; its row counts J."""
     folder, seen, forward = tmp_path / "run", [], TeacherLoss.forward
 
-    def watched(self, x, y, steps, layers, probe=None):
-        seen.append((steps, layers))
-        return forward(self, x, y, steps, layers, probe)
+    def watched(self, batch):
+        seen.append((batch.steps, batch.layers))
+        return forward(self, batch)
 
     monkeypatch.setattr(TeacherLoss, "forward", watched)
     shutil.copytree(tiny_run, folder)
-    flags = [*TINY, f"--out={folder}", "--stage=direct", "--direct=2"]
-    train.main(flags)
+    flags = ["direct-2", *TINY, f"--out={folder}"]
+    rivals.main(flags)
     assert seen == [(0, 2)] * 12
-    train.main(flags)
+    rivals.main(flags)
     assert len(seen) == 12
-    with pytest.raises(UsageError, match="trained for 12 updates, not 13"):
-        train.main([*flags, "--student_steps=7"])
+    with pytest.raises(UsageError, match="has updates 12, not 13; delete it"):
+        rivals.main([*flags, "--student_steps=7"])
 
     run = infer.open_run(folder, device="cpu")
-    assert [*run.direct] == [2]
-    report = compare.merge([compare.report(run, "valid", batch=64)])
+    found = rivals.open_rivals(run)
+    assert [*found.direct] == [2]
+    report = merge([measure(run, found)])
     assert "| direct |  | " in tables.write(report, tmp_path / "table")
     rows = {(row["method"], row["nfe"]): row for row in report["rows"]}
-    x, y = run.task.valid.batch(torch.arange(200))
-    net = run.direct[2]
+    x, y = run.task.test.batch(torch.arange(500))
+    net = found.direct[2]
     u = net.inject(x)
     right = net.head(net.f(net.f(net.initial(u), u), u)).argmax(1) == y
     assert rows["direct", 2]["value"] == pytest.approx(100 * right.float().mean().item())

@@ -74,7 +74,7 @@ def test_rolling_solves_each_chunk_once_and_uses_it_reuse_times(tmp_path):
 
 
 def test_rolling_needs_room_for_reuse(tmp_path):
-    with pytest.raises(UsageError, match="--cache_gb or lower --reuse"):
+    with pytest.raises(UsageError, match="budget holds 2: raise --cache_gb"):
         make("rolling", tmp_path, slots=2)
 
 

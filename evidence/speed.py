@@ -1,7 +1,7 @@
 r"""Speed as ratios, side by side in one run, with the floor of each hot path beside it.
 
-    python speed.py                        -> results/speed.json, results/speed-graphs.png
-    python speed.py --only text            -> results/speed-text.json
+    python -m evidence.speed               -> results/speed.json, results/speed-graphs.png
+    python -m evidence.speed --only text   -> results/speed-text.json
 
 What is measured: a step of Anderson acceleration against torchdeq's and against the passes over
 memory that it makes; the states that its window holds; a step of the student against a bare
@@ -25,12 +25,14 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-import compare
 import runs
 from anderson import Counter, anderson
 from checkpoint import atomic, plain_errors, provenance, versions
-from compare import interleaved
 from config import TASKS, command_line
+from evidence.compare import train
+from evidence.methods import methods
+from evidence.rivals import Rivals
+from evidence.timing import cost, interleaved, peak_memory
 from fpode import TimeMap
 from infer import cdeq
 from models import Equilibrium
@@ -138,7 +140,7 @@ def preset_step(preset: str, batch: int, nfes: tuple[int, ...], repeats: int = 1
     rows = student_overhead(net, x, repeats)
     A = torch.randn(2048, 2048)
     product = statistics.median(interleaved({"": lambda: A @ A}, 9, A.device)[""])
-    code = "import speed; print(speed.answer_peak({!r}, {}, {}, {!r}))"
+    code = "from evidence import speed; print(speed.answer_peak({!r}, {}, {}, {!r}))"
     return {
         "preset": preset,
         "student_step": rows,
@@ -167,12 +169,12 @@ def answer_peak(preset: str, batch: int, nfe: int, method: str) -> int:
         net.nll(z, x) if text else net.head(z)
 
     job()
-    return compare.peak_memory(job, x.device)
+    return peak_memory(job, x.device)
 
 
 def fresh(code: str) -> str:
     """What this code prints in a process of its own."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -225,11 +227,12 @@ def arxiv(data: Path, d: int = 128) -> dict | None:
         flags = ["--task", "ogbn-arxiv", "--data", str(data), "--out", folder, "--width", str(d)]
         flags += ["--teacher_steps", "2", "--student_steps", "6", "--cache_dtype", "bf16"]
         for stage in ("teacher", "student"):
-            compare.train(*flags, "--stage", stage)
+            train("train", *flags, "--stage", stage)
         run = runs.open_run(Path(folder), device="cpu")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    table, nfes = compare.methods(run), (1, 2, 20)
-    spent = compare.cost(run, table, {(name, nfe) for name in table for nfe in nfes}, 1)
+    none = Rivals({}, {}, {})
+    table, nfes = methods(run, none), (1, 2, 20)
+    spent = cost(run, none, table, {(name, nfe) for name in table for nfe in nfes}, 1)
     answer = {name: {nfe: spent[name, nfe][1] for nfe in nfes} for name in table}
     step = graph_step(run.teacher.cell.graph, d)
     return {**step, "training_peak_bytes": peak, "answer_peak_bytes": answer}
@@ -263,7 +266,10 @@ def solver_overheads() -> list[dict] | None:
 
 def window() -> dict:
     """`window_memory` in a process of its own."""
-    return {"m": 6, "states": float(fresh("import speed; print(speed.window_memory())"))}
+    return {
+        "m": 6,
+        "states": float(fresh("from evidence import speed; print(speed.window_memory())")),
+    }
 
 
 # What is measured, in this order; each a part of the JSON.

@@ -1,7 +1,7 @@
-"""Reports as people read them: Markdown tables and figures of what compare.py measured.
+"""Reports as people read them: Markdown tables of what compare.py measured.
 
-    python tables.py        makes results/*.md anew from its JSON files, and the tables of README.md
-                            and RESULTS.md
+    python -m evidence.tables    makes results/*.md anew from its JSON files, and the tables of
+                                 README.md and RESULTS.md
 
 A report is a dict, the contents of report.json and of results/*.json; nothing is computed here, and
 what was not measured stays empty.
@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 
 from checkpoint import UsageError, atomic, plain_errors
+from evidence.figures import HUGE, figure
 
+ROOT = Path(__file__).parents[1]
 LAM1, LAM2 = ("0", "0.2", "0.4", "0.6", "0.8", "1"), ("0", "0.05")
-HUGE = 1e9  # the relative residual of a state that is 0
 TITLES = {
     "value": "{metric}, {split} split",
     "distance": "distance to the equilibrium, |z - z*| / |z*|",
@@ -52,7 +53,7 @@ def markdown(result: dict) -> str:
     rows = [[*two, *row] for *two, row in zip(names, params, of("peak_memory_bytes"), strict=True)]
     title = "parameters and peak memory of an answer (bytes) by NFE"
     lines += table(title, ["method", "parameters", *map(str, nfes)], rows)
-    lines += teacher_lines(result) + equal_lines(result) + memory_lines(result, nfes)
+    lines += teacher_lines(result) + equal_lines(result)
     return "\n".join(lines + explicit_lines(result) + grid_lines(result)) + "\n"
 
 
@@ -130,25 +131,6 @@ def explicit_lines(result: dict) -> list[str]:
     return table("networks of finite depth", head, rows) if rows else []
 
 
-def memory_lines(result: dict, nfes: list[int]) -> list[str]:
-    """The metric by whose states the segment before is seen by, where there is one."""
-    rows = {(r["method"], r["memory"], r["nfe"]): r for r in result.get("memory") or []}
-    if not rows:
-        return []
-    rows |= {
-        (r["method"], "own", r["nfe"]): r
-        for r in result["rows"]
-        if r["method"] in {method for method, _, _ in rows}
-    }
-    lines = [
-        [name, kind, *(number(rows[name, kind, nfe], "value") for nfe in nfes)]
-        for name in dict.fromkeys(name for name, _, _ in rows)
-        for kind in ("own", "teacher", "none")
-    ]
-    title = f"{result['metric']} by the memory of the segment before"
-    return table(title, ["method", "memory", *map(str, nfes)], lines)
-
-
 def equal_lines(result: dict) -> list[str]:
     """The table of evaluations and seconds to the converged teacher's metric, less the margin."""
     if "equal" not in result:  # tables made before it was measured
@@ -193,46 +175,6 @@ def spread(row: dict) -> str:
     return f" ± {row['std']:.2f}" if row.get("std") is not None else ""
 
 
-def figure(result: dict, path: Path) -> None:
-    """Metric and relative residual (Fig. 2's axes) against NFE, and metric against time, a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    canvas, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    left, right, pareto = axes
-    implicit = [row for row in result["rows"] if row["nfe"]]
-    for method in dict.fromkeys(row["method"] for row in implicit):
-        rows = [row for row in implicit if row["method"] == method]
-        style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
-        for axis, key in ((left, "value"), (right, "residual")):
-            shown = [r for r in rows if r.get(key, HUGE) < HUGE]
-            axis.plot([r["nfe"] for r in shown], [r[key] for r in shown], label=method, **style)
-        timed = [r for r in rows if r["seconds_per_batch"]]
-        pareto.plot([r["seconds_per_batch"] for r in timed], [r["value"] for r in timed], **style)
-    converged = result["teacher"]["value"]
-    left.axhline(converged, color="gray", linewidth=1, label="teacher, converged")
-    left.set(ylabel=f"{result['split']} {result['metric']}")
-    right.set(ylabel="relative residual |f(z) - z| / |z|", yscale="log")
-    pareto.set(xlabel=f"seconds per batch of {result['batch']}", xscale="log")
-    pareto.grid(alpha=0.3)
-    for axis in (left, right):
-        ticks = sorted({row["nfe"] for row in implicit})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.set(xlabel="evaluations of f (NFE)")
-        axis.grid(alpha=0.3)
-    for row in result["rows"]:
-        if not row["nfe"] and row["value"] is not None:
-            left.axhline(row["value"], linewidth=1, linestyle=":", label=row["method"])
-    left.legend()
-    canvas.suptitle(f"{result.get('note') or result['task']}, seeds {result['seeds']}")
-    with atomic(path) as file:
-        canvas.savefig(file, format="png", dpi=120)
-    pyplot.close(canvas)
-
-
 def grid_lines(result: dict) -> list[str]:
     """Table 4, where its students are: the metric at the most evaluations by lam2 and lam1."""
     most = max(row["nfe"] for row in result["rows"] if row["nfe"])
@@ -256,7 +198,7 @@ def write(result: dict, stem: Path) -> str:
     return text
 
 
-PARTS = {"value": 0, "equal": "as good as", "memory": "by the memory", "explicit": "finite depth"}
+PARTS = {"value": 0, "equal": "as good as", "explicit": "finite depth"}
 
 
 def excerpt(text: str, part: str) -> list[str]:
@@ -324,7 +266,7 @@ def filled(page: str, results: Path) -> str:
 
 def main() -> None:
     """Makes every results/*.md anew from its JSON, and the pages' tables from these."""
-    here = Path(__file__).parent
+    here = ROOT
     for path in sorted((here / "results").glob("*.json")):
         result = read(path)
         if "rows" in result:

@@ -1,0 +1,222 @@
+"""What a method is worth over a split: metric, residual, distance to the equilibrium, by NFE.
+
+    residual   |f(z) - z| / |z| under the teacher's f, Fig. 2's measure; per sample, then the mean
+    distance   |z - z*| / |z*|, z* where the teacher's own solver arrives after 2 K evaluations
+
+Means of means would weigh samples by their batch: every process sums and counts, and divides once
+all are together. The metric's summands are kept one by one, for intervals to draw from.
+"""
+
+import collections
+import math
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anderson import anderson
+from infer import Method, anytime, counted
+from models import labels
+from runs import Run
+from student import Student
+from tasks import Split, Task
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    methods: dict,
+    split: Split,
+    nfes=None,
+    batch: int = 128,
+    own_memory: bool = True,
+    converge: bool = True,
+) -> dict[object, list[dict]]:
+    """Metric, residual and distance of each method, a row by NFE: means over labels, and the
+    metric's items.
+
+    own_memory, for networks that see the segment before: its states are those that the same method
+    gave with the same NFE; otherwise the teacher's equilibria. converge: whether there is an
+    equilibrium to measure residual and distance by.
+    """
+    net, nfes = run.teacher, nfes or run.task.nfes
+    own = own_memory and net.memory > 0
+    tallies = {(name, nfe): Tally() for name in methods for nfe in nfes}
+    calls = 0
+    for method in methods.values():
+        method.counter.nfe = 0
+    for x_all, y_all, samples in stream(run, split, batch):
+        before, star, u = None, None, None
+        pasts = {name: dict.fromkeys(nfes) for name in methods}
+        for segment, (x, y) in enumerate(net.segments(x_all, y_all)):
+            calls, units = calls + 1, samples + segment * len(split)
+            if converge:
+                u = net.inject(x, before)
+                star = equilibrium(run, net.initial(u), u)
+            for name, method in methods.items():
+                states = own_states(method, x, pasts[name]) if own else states_of(
+                    method, x, pasts[name], star)  # fmt: skip
+                for nfe, z in zip(nfes, states, strict=True):
+                    tallies[name, nfe].add(measures(run, z, u, star, y), y, units)
+                del states, z  # gigabytes on a graph: not beside the next method's
+            before = net.remember(u, star) if converge else None
+    for name, method in methods.items():
+        made, declared = method.counter.nfe, calls * (sum(nfes) if own else max(nfes))
+        if made != declared:
+            raise AssertionError(f"{name}: {made} evaluations were made, {declared} declared")
+    rows: dict = {name: [] for name in methods}
+    for (name, nfe), tally in zip(tallies, gathered([*tallies.values()]), strict=True):
+        rows[name].append({"nfe": nfe, **tally.row()})
+    return rows
+
+
+def own_states(method: Method, x: Tensor, memories: dict) -> Iterator[Tensor]:
+    """z at each NFE of `memories`, where each is replaced by what z leaves for the next segment."""
+    for nfe, memory in memories.items():
+        u = method.inject(x, memory)
+        z = method.solve(method.initial(u), u, nfe, last=True)
+        memories[nfe] = method.remember(u, z)
+        yield z
+
+
+def states_of(method: Method, x: Tensor, memories: dict, star) -> Iterator[Tensor]:
+    """z at each NFE of `memories`, from one solve that passes through them all; the next segment
+    has the state star, the same for all."""
+    u = method.inject(x, next(iter(memories.values())))
+    states = method.solve(method.initial(u), u, max(memories))
+    if star is not None:
+        memories |= dict.fromkeys(memories, method.remember(u, star))
+    yield from (states[nfe] for nfe in memories)
+
+
+def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """x and y of every world-size-th sample of a split, on the device, and the unit of each: views
+    of one picture are one unit. A graph is one sample, on one rank."""
+    rank, world = ranks()
+    rows = torch.arange(rank, len(split), world).split(batch)
+    batches = ((part,) for part in rows if len(part))
+    first = 0
+    for x, y in split.stream(batches, run.config.get("workers", 0)):
+        if len(y):
+            samples = rank + world * torch.arange(first, first + len(y))
+            first += len(y)
+            yield x.to(run.device), y.to(run.device), samples // split.draws
+
+
+def measures(run: Run, z: Tensor, u: Tensor, star: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What tables tell of a state z, sums over labels: metrics and, where there is an equilibrium
+    star, the residual under the teacher's f and the distance to it."""
+    net, wanted = run.teacher, scores(run.task)
+    found = {"nll": net.nll(z, y) * labels(y)}
+    if star is not None:
+        found["residual"] = relative(net.f(z, u), z) * labels(y)
+        found["distance"] = relative(z, star) * labels(y)
+    logits = net.head(z) if wanted else None
+    return found | {name: score(logits, y) for name, score in wanted.items()}
+
+
+def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
+    """z*: the teacher's own solver for twice the trajectory's length. A reference, not counted."""
+    net, steps = run.teacher, 2 * run.config["K"]
+    return anderson(
+        lambda z: net.f(z, u), z0, steps, last=True, sample_dims=net.sample_dims, **run.solver()
+    )
+
+
+def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
+    """The schedule's base on the validation split, and each candidate's mean metric and distance.
+
+    Of all candidates whose metric, mean over the NFEs, is within half a per cent of the best, the
+    one nearest to the equilibrium: differences below that are noise on a small split.
+    """
+    sign = 1 if run.task.higher_is_better else -1
+    split = run.task.to_choose()
+    candidates = {decay: counted(run.teacher, student, decay) for decay in run.task.decays}
+    found = {
+        decay: {key: statistics.fmean(row[key] for row in rows) for key in ("value", "distance")}
+        for decay, rows in evaluate(run, candidates, split, own_memory=False).items()
+    }
+    best = max(sign * score["value"] for score in found.values())
+    good = [d for d in found if sign * found[d]["value"] >= best - 0.005 * abs(best)]
+    return min(good, key=lambda decay: found[decay]["distance"]), found
+
+
+@torch.no_grad()
+def evaluate_anytime(run: Run, name: str, split: str, tol: float, max_nfe: int) -> dict:
+    """Metric and NFE of a student's anytime mode over a split, named."""
+    student, decay = run.students[name]
+    scores, used = [], []
+    for x, y, _ in stream(run, getattr(run.task, split), 128):
+        u = student.inject(x)
+        z, nfe = anytime(student, run.teacher.initial(u), u, tol, max_nfe, decay)
+        scores.append(run.task.score(run.teacher.head(z), y)[y >= 0])
+        used.append(nfe)
+    nfe = torch.cat(used).float()
+    return {
+        "tol": tol,
+        "value": torch.cat(scores).mean().item(),
+        "nfe_mean": nfe.mean().item(),
+        "nfe_max": int(nfe.max()),
+    }
+
+
+class Tally:
+    """Sums over labels of what tables tell of one method's states at one NFE."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = collections.defaultdict(float)
+        self.items: list[Tensor] = []
+
+    def add(self, found: dict[str, Tensor], y: Tensor, units: Tensor) -> None:
+        """found: sums over each sample's labels, (B,), or for every label, the shape of y; the
+        metric's come one by one into `items`, as what an interval draws from. units (B,): what
+        each sample belongs to; of a graph, each node is one."""
+        known = labels(y)
+        for name, values in found.items():
+            self.sums[name] += values.double().sum().item()
+        self.sums["labels"] += int(known.sum())
+        metric = found.get("value", found["nll"])
+        if metric.numel() > len(y):  # a graph
+            units, here = torch.arange(y.numel()), (y >= 0).flatten().cpu()
+            units, metric, known = (v.flatten().cpu()[here] for v in (units, metric, y >= 0))
+        self.items.append(torch.stack([v.cpu().double() for v in (units, metric, known)], dim=1))
+
+    def row(self) -> dict:
+        """Means over labels, perplexity where there is no other metric, and the items (n, 3): which
+        unit of the sample each belongs to, its sum, its number of labels."""
+        means = {name: value / self.sums["labels"] for name, value in self.sums.items()}
+        means.setdefault("value", math.exp(min(means["nll"], 700.0)))
+        means.pop("labels")
+        return {**means, "items": torch.cat(self.items)}
+
+
+def gathered(tallies: list[Tally]) -> list[Tally]:
+    """The tallies of all ranks together, on every rank."""
+    if not dist.is_initialized():
+        return tallies
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, tallies)
+    for total, *parts in zip(*everyone, strict=True):
+        for part in parts:
+            total.items += part.items
+            for name, value in part.sums.items():
+                total.sums[name] += value
+    return everyone[0]
+
+
+def scores(task: Task) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What a task tells of logits, by name."""
+    return ({"value": task.score} if task.score else {}) | task.further
+
+
+def relative(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| / |b| per sample: (B,)."""
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    return (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-12)
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

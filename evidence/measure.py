@@ -1,0 +1,151 @@
+"""What a run folder is worth: every method at equal NFE, with time and memory."""
+
+import collections
+import dataclasses
+
+import torch
+from torch import nn
+
+from anderson import anderson
+from checkpoint import provenance, versions
+from evidence.evaluate import Tally, evaluate, gathered, ranks, scores, stream
+from evidence.merge import merge
+from evidence.methods import label, methods, picard_of, solved_by
+from evidence.rivals import Rivals, open_rivals
+from evidence.tables import write
+from evidence.timing import cost
+from fpode import contraction
+from models import labels
+from runs import Run
+from tasks import Split
+
+BATCH = 128  # samples that are answered together
+
+
+def report(run: Run) -> None:
+    """Measures all that is finished in a run's folder: report.json, report.md, report.png."""
+    result = measure(run, open_rivals(run))
+    if ranks()[0] == 0:  # the one that measured times
+        print(write(merge([result]), run.folder / "report"))
+
+
+@torch.no_grad()
+def measure(run: Run, rivals: Rivals) -> dict:
+    """Every method of a run on the test split; merge.py makes of it the form of report.json and of
+    results/."""
+    task = run.task
+    table, end = methods(run, rivals), ("anderson", run.config["K"])
+    converged, name_K = {"anderson": table["anderson"]}, (run.config["K"],)
+    valid = evaluate(run, converged, task.valid, name_K, BATCH, own_memory=False)["anderson"][0]
+    equal = {key for key in equals(run, table).items() if key[1]}
+    rows, points, spent = measured(run, rivals, table, equal | {end})
+    note, each = task.note, run.teacher.cell.cost
+    if each != 1:
+        note = f"{note or task.name}, one NFE costs {each} evaluations of the other networks,"
+    return {
+        "task": task.name,
+        "note": note,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "split": "test",
+        "seeds": [run.config["seed"]],
+        **provenance(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+        "dtype": run.config["dtype"],
+        "batch": min(BATCH, len(task.test)),
+        "teacher": {
+            **points[end],
+            "valid": valid["value"],
+            "contraction": contraction_of(run),
+            "params": parameters(run, rivals, "anderson"),
+        },
+        "rows": rows,
+        "margin": task.margin,
+        "equal": [
+            {"method": name, "nfe": [nfe], "value": points[name, nfe]["value"],
+             "seconds_per_batch": spent[name, nfe][0]}
+            for name, nfe in sorted(equal, key=lambda key: list(table).index(key[0]))
+        ],
+        "injection_seconds": spent["injection", None][0],
+        "decay": {label(name): [decay] for name, (_, decay) in run.students.items()},
+    }  # fmt: skip
+
+
+def equals(run: Run, table: dict) -> dict[str, int | None]:
+    """The fewest evaluations from which on each method's validation metric stays as good as the
+    converged teacher's, less the task's margin; None where it never does within K."""
+    task, K = run.task, run.config["K"]
+    nfes = tuple(range(1, K + 1))
+    curves = evaluate(run, table, task.to_choose(), nfes, BATCH, own_memory=False)
+    teacher = curves["anderson"][-1]["value"]
+    fewest = {}
+    for name, rows in curves.items():
+        short = [row["nfe"] for row in rows if not task.as_good(row["value"], teacher)]
+        first = max(short, default=0) + 1
+        fewest[name] = first if first <= K else None
+    return fewest
+
+
+def measured(run: Run, rivals: Rivals, table: dict, further: set[tuple] = frozenset()):
+    """A row for every method and NFE of the task's tables, for every direct and every explicit
+    network; and, by (method, NFE), the metric and the seconds there and at the further ones."""
+    data, nfes = run.task.test, {*run.task.nfes, *(nfe for _, nfe in further)}
+    curves = evaluate(run, table, data, tuple(sorted(nfes)))
+    points = {(name, row["nfe"]): row for name in table for row in curves[name]}
+    wanted = {(name, nfe) for name in table for nfe in run.task.nfes}
+    rows = [
+        {"method": name, **points[name, nfe], "params": parameters(run, rivals, name)}
+        for name in table
+        for nfe in run.task.nfes
+    ]
+    for J, net in rivals.direct.items():
+        method = {"direct": solved_by(net, picard_of(net))}
+        alone = dataclasses.replace(run, teacher=net)
+        (found,) = evaluate(alone, method, data, (J,), converge=False)["direct"]
+        params = sum(p.numel() for p in net.parameters())
+        rows.append({"method": "direct", **found, "params": params})
+    for name, net in rivals.explicit.items():
+        params = sum(p.numel() for p in net.parameters())
+        found = evaluate_explicit(run, net, data)
+        found["valid"] = evaluate_explicit(run, net, run.task.valid)["value"]
+        rows.append({"method": name, "nfe": None, **found, "params": params})
+    spent: dict = collections.defaultdict(lambda: (None, None))
+    if not ranks()[0]:  # one rank measures, the others wait; it is the one that writes
+        spent |= cost(run, rivals, table, wanted | further, BATCH)
+    for row in rows:
+        seconds, memory = spent[row["method"], row["nfe"]]
+        row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
+    return rows, points, spent
+
+
+def parameters(run: Run, rivals: Rivals, method: str) -> int:
+    """Trainable numbers that a method needs: the teacher's, and the student's beside them."""
+    method = method.removesuffix("-shared").removesuffix("+anderson")
+    networks = [run.teacher, *(s for name, (s, _) in run.students.items() if label(name) == method)]
+    networks += [solver for name, solver in rivals.learned.items() if name == method]
+    return sum(p.numel() for net in networks for p in net.parameters())
+
+
+@torch.no_grad()
+def contraction_of(run: Run, batch: int = 128) -> float:
+    """The error factor per Anderson step of a teacher, measured on a batch to validate."""
+    net, split = run.teacher, run.task.valid
+    x, y = split.batch(torch.arange(min(batch, len(split))))
+    u = net.inject(next(net.segments(x.to(run.device), y))[0])
+    options = dict(sample_dims=net.sample_dims, **run.solver())
+    states = anderson(lambda z: net.f(z, u), net.initial(u), run.config["K"], **options)
+    return contraction(states, net.sample_dims)
+
+
+@torch.no_grad()
+def evaluate_explicit(run: Run, net: nn.Module, split: Split) -> dict:
+    """The metrics of a network of finite depth over a split, and the metric's items."""
+    wanted, tally = scores(run.task), Tally()
+    for x_all, y_all, samples in stream(run, split, BATCH):
+        for segment, (x, y) in enumerate(net.segments(x_all, y_all)):
+            logits = net(x) if wanted else None
+            found = {"nll": net.nll(x, y) * labels(y)}
+            found |= {name: score(logits, y) for name, score in wanted.items()}
+            tally.add(found, y, samples + segment * len(split))
+    return gathered([tally])[0].row()

@@ -1,0 +1,58 @@
+"""Reports of several seeds as one: means, spreads, and intervals of differences."""
+
+import statistics
+
+from checkpoint import provenance
+from evidence.intervals import difference
+
+
+def merge(reports: list[dict]) -> dict:
+    """One report over seeds: means of every number, the metric's std (n - 1) and n, and in place of
+    its items the intervals of its difference to the teacher and to the direct network."""
+    result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
+    result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
+    for one in reports:
+        for row in (one["teacher"], *one["rows"]):
+            row["seed"] = one["seeds"][0]
+    teachers = [r["teacher"] for r in reports]
+    result["teacher"] = mean(teachers)
+    groups = {(rows[0]["method"], rows[0]["nfe"]): rows for rows in grouped(
+        reports, "rows", ("method", "nfe"))}  # fmt: skip
+    result["rows"] = [mean(rows) for rows in groups.values()]
+    for row, rows in zip(result["rows"], groups.values(), strict=True):
+        others = {"vs_teacher": teachers, "vs_direct": groups.get(("direct", row["nfe"]))}
+        for name, other in others.items():
+            if other and other is not rows and row["value"] is not None:
+                sides = ({r["seed"]: r["items"] for r in side} for side in (rows, other))
+                row[name] = difference(*sides, perplexity=result["metric"] == "perplexity")
+    result["injection_seconds"] = statistics.fmean(r["injection_seconds"] for r in reports)
+    result["equal"] = [  # only methods that get there with every seed
+        {**mean(rows), "nfe": [nfe for row in rows for nfe in row["nfe"]]}
+        for rows in grouped(reports, "equal", ("method",))
+        if len(rows) == len(reports)
+    ]
+    result["decay"] = {
+        name: [base for r in reports for base in r["decay"].get(name, [])]
+        for name in {name: None for r in reports for name in r["decay"]}
+    }
+    return result
+
+
+def mean(rows: list[dict]) -> dict:
+    """The means of rows of several seeds, and the metric's spread over them."""
+    metrics = ("value", "valid", "top5", "nll", "residual", "distance", "contraction")
+    numbers = (*metrics, "seconds_per_batch", "peak_memory_bytes")
+    known = [key for key in numbers if rows[0].get(key) is not None]
+    means = {key: statistics.fmean(r[key] for r in rows) for key in known}
+    values = [r["value"] for r in rows if r["value"] is not None]
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    kept = {key: value for key, value in rows[0].items() if key not in ("items", "seed")}
+    return {**kept, **means, "std": spread, "n": len(values)}
+
+
+def grouped(reports: list[dict], part: str, keys: tuple[str, ...]) -> list[list[dict]]:
+    """The rows of a part of all reports, those that agree in these keys together."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in (row for one in reports for row in one[part]):
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())

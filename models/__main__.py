@@ -1,0 +1,43 @@
+"""The sizes of all presets: python -m models
+
+Parameters, those of f, numbers of one sample's state, and FLOPs of one evaluation of f on it; a
+multiply and an add count as two. A text's sample is a segment of 150 words with a memory as long,
+of WikiText-103's vocabulary.
+"""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import Equilibrium, mdeq, transformer
+from models.mdeq import MDEQ
+from models.transformer import Context, DEQTransformer
+
+WORDS, SEGMENT = 267_735, 150
+
+
+def sizes(preset: str) -> dict[str, int]:
+    """Those of a preset of images or texts."""
+    if preset in mdeq.PRESETS:
+        net: Equilibrium = MDEQ(**mdeq.PRESETS[preset]).eval()
+        u = net.inject(torch.zeros(1, *mdeq.PRESETS[preset]["image"]))
+    else:
+        net = DEQTransformer(WORDS, **transformer.PRESETS[preset]).eval()
+        d = net.cell.channels[0]
+        u = Context(torch.zeros(1, 2 * SEGMENT, 3 * d), torch.zeros(1, SEGMENT, d))
+    z = net.initial(u)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net.f(z, u)
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "f": sum(p.numel() for p in net.cell.parameters()),
+        "state": z.numel(),
+        "flops": counter.get_total_flops(),
+    }
+
+
+if __name__ == "__main__":
+    print(f"{'preset':24}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP per f':>14}")
+    for name in (*mdeq.PRESETS, *transformer.PRESETS):
+        row = sizes(name)
+        numbers = f"{row['parameters']:14,}{row['f']:14,}{row['state']:10,}"
+        print(f"{name:24}{numbers}{row['flops'] / 1e9:14.3f}")
