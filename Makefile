@@ -1,10 +1,11 @@
 # make demo   environment, then teacher, trajectories, both students and the report on the embedded digits
 # make test   environment, then the tests
+# make test-fast   the mathematics alone, in a minute
 # make tables environment, then the tables of every embedded task: images, a graph, a text
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test tables lint clean
+.PHONY: demo test test-fast tables lint clean
 
 .venv/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +23,11 @@ tables: .venv/.ready
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
+
+test-fast: .venv/.ready
+	$(BIN)/python -m pytest tests/test_anderson.py tests/test_fpode.py tests/test_student.py \
+	    tests/test_losses.py tests/test_trajectories.py tests/test_mdeq.py tests/test_transformer.py \
+	    tests/test_ignn.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

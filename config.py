@@ -58,7 +58,7 @@ class Config:
     """Everything a run depends on; every field is a flag, saved in each checkpoint."""
 
     task: str = opt(TASK, "digits", "The data set.", " | ".join(TASKS))
-    preset: str = opt(TASK, "", "The network's size; empty: the task's first.")
+    preset: str = opt(TASK, "", "The network's kind and size; empty: the task's first.")
     seed: int = opt(TASK, 0, "Of weights, data order and every other draw.", ">= 0")
     batch: int = opt(TASK, 128, "Samples of one update, those of all processes together.", ">= 1")
     accumulate: int = opt(TASK, 1, "Parts that a batch is computed in, to save memory.", ">= 1")

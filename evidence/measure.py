@@ -39,12 +39,9 @@ def measure(run: Run, rivals: Rivals) -> dict:
     valid = evaluate(run, converged, task.valid, name_K, BATCH, own_memory=False)["anderson"][0]
     equal = {key for key in equals(run, table).items() if key[1]}
     rows, points, spent = measured(run, rivals, table, equal | {end})
-    note, each = task.note, run.teacher.cell.cost
-    if each != 1:
-        note = f"{note or task.name}, one NFE costs {each} evaluations of the other networks,"
     return {
         "task": task.name,
-        "note": note,
+        "note": task.note,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
         "split": "test",

@@ -9,9 +9,11 @@ what was not measured stays empty.
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from checkpoint import UsageError, atomic, plain_errors
+from config import command_line
 from evidence.figures import HUGE, figure
 
 ROOT = Path(__file__).parents[1]
@@ -264,8 +266,9 @@ def filled(page: str, results: Path) -> str:
     return re.sub(r"<!-- summary -->\n.*?<!-- end -->", lambda _: whole, page, flags=re.DOTALL)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Makes every results/*.md anew from its JSON, and the pages' tables from these."""
+    command_line(__doc__).parse_args(argv)
     here = ROOT
     for path in sorted((here / "results").glob("*.json")):
         result = read(path)
@@ -277,4 +280,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with plain_errors():
-        main()
+        main(sys.argv[1:])

@@ -37,11 +37,9 @@ class Cell(nn.Module):
     """f itself, one evaluation of which is the unit of NFE; the part that the student copies.
 
     channels: width of each branch of the state, the dimension in which W and t act (Eq. 8).
-    cost: evaluations of an ordinary cell that one of this cell is worth; tables say so if not 1.
     """
 
     channels: tuple[int, ...]
-    cost = 1
 
     def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
         """One layer evaluation with u = inject(x): the features of the new state, not yet joined,

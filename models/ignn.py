@@ -3,7 +3,7 @@ r"""Implicit graph neural networks: IGNN, EIGNN and MIGNN, one state for a whole
     IGNN   Z = ReLU(A Z W^T + u), |rows of W|_1 <= kappa            (Gu et al., 2020)
     EIGNN  Z = kappa A Z G + u, G = F^T F / |F^T F|_F                     (Liu et al., 2021)
     MIGNN  Z = ReLU(A Z W^T + u), |W|_2 < kappa, by the forward-backward step
-           f(Z) = ReLU((1 - a) Z + a (A Z W^T + u)), or by Peaceman-Rachford (Baker et al., 2023)
+           f(Z) = ReLU((1 - a) Z + a (A Z W^T + u))                      (Baker et al., 2023)
 
 with u = A encoder(X), computed once per input. A is the graph with self-loops, normalised
 symmetrically, D^-1/2 (A + I) D^-1/2, or by rows, D^-1 (A + I); its Perron eigenvalue is 1 either
@@ -32,7 +32,6 @@ PRESETS = {
     "ignn-row": dict(kind="ignn", norm="row"),
     "eignn": dict(kind="eignn"),
     "mignn": dict(kind="mignn"),
-    "mignn-pr": dict(kind="mignn-pr"),
 }
 
 
@@ -220,31 +219,10 @@ class MonotoneCell(GraphCell):
         return [torch.lerp(z, self.linear(z, u), self.a).relu_()]
 
 
-class PeacemanRachford(MonotoneCell):
-    """MIGNN's other splitting; the state v is the auxiliary variable, and Z = ReLU(v).
-
-    The resolvent (I + a (I - A . W^T))^-1 is a Neumann series of `terms` sparse products, and an
-    evaluation costs as much as that many of the other cells'.
-    """
-
-    def __init__(self, graph: Graph, d: int, kappa: float, a: float = 0.9, terms: int = 8):
-        super().__init__(graph, d, kappa, a)
-        self.terms = self.cost = terms
-
-    def forward(self, v: Tensor, u: Tensor) -> list[Tensor]:
-        reflected = 2 * v.relu() - v
-        right = (reflected + self.a * u) / (1 + self.a)
-        y = right
-        for _ in range(self.terms):  # y = right + a / (1 + a) A y W^T
-            y = self.linear(y * (self.a / (1 + self.a)), right)
-        return [2 * y - reflected]
-
-
 CELLS = {
     "ignn": GraphCell,
     "eignn": LinearCell,
     "mignn": MonotoneCell,
-    "mignn-pr": PeacemanRachford,
 }
 
 
@@ -285,7 +263,6 @@ class IGNN(Equilibrium):
         super().__init__()
         if not 0 < kappa < 1:
             raise ValueError(f"kappa must be in (0, 1), got {kappa}")
-        self.kind = kind
         self.cell = CELLS[kind](graph, width, kappa)
         self.injection = Injection(graph, features, hidden, width, dropout)
         self.readout = nn.Sequential(
@@ -297,7 +274,6 @@ class IGNN(Equilibrium):
 
     def head(self, z: Tensor) -> Tensor:
         """(1, N, d) -> logits (1, N, classes)."""
-        z = z.relu() if self.kind == "mignn-pr" else z
         return self.readout(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:

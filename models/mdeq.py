@@ -58,6 +58,8 @@ PRESETS = {
     "imagenet-small-reg": IMAGENET
     | dict(channels=SMALL, head=(28, 56, 112, 224), dropout=0.02, post_affine=False),
     "imagenet-large": IMAGENET | dict(channels=LARGE, head=(32, 64, 128, 256)),
+    "imagenet-large-reg": IMAGENET
+    | dict(channels=LARGE, head=(32, 64, 128, 256), post_affine=False),
     "imagenet-xl": IMAGENET
     | dict(channels=(88, 176, 352, 704), head=(32, 64, 128, 256), expansion=6),
     "imagenet-single": IMAGENET | dict(channels=(368,), head=(96,), downsample=3),

@@ -32,6 +32,7 @@ from models import Cell, Equilibrium, VariationalDropout, labels
 
 WT103 = dict(d=700, heads=10, inner=48_000, cutoffs=(20_000, 40_000, 200_000), std=0.01)
 PRESETS = {
+    # The same tensors: a file does not tell which of the two it was trained as.
     "transformer-103": WT103 | dict(dropout=0.05),
     "transformer-103-pre-ln": WT103 | dict(dropout=0.05, pre_norm=True),
     # For one GPU, and for a CPU.

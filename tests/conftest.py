@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from evidence.rivals import Rivals
@@ -71,6 +72,12 @@ def student(net):
 
 
 @pytest.fixture
+def richer(net):
+    """A student with a start and an injection of its own."""
+    return Student(net, TimeMap(rho=0.3, K=6), own_injection=True, start=True)
+
+
+@pytest.fixture
 def batch(net):
     """u and a teacher trajectory (7, 4, n) of random images."""
     torch.manual_seed(1)
@@ -87,6 +94,22 @@ def tiny_run(tmp_path_factory):
     fit(folder, "--recipe", "paper")
     train.main([*TINY, "--out", str(folder)])
     return folder
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Twenty random pictures of two classes to train on, four to test, of several sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for part, n in (("train", 10), ("val", 2)):
+        for label in ("n01", "n02"):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for i in range(n):
+                size = (40 + i, 36)
+                pixels = torch.randint(256, (*size[::-1], 3), generator=generator).byte().numpy()
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
 
 
 def fit(folder: Path, *flags: str) -> None:

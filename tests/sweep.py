@@ -16,7 +16,7 @@ import infer
 import runs
 from checkpoint import UsageError
 from config import Config, parse
-from evidence import compare
+from evidence import compare, rivals, speed, tables
 
 VALUES = ("", "-1", "0", "nan", "inf", "-inf", "1e23", "1" + "0" * 23, "abc", "é\n", "../x", "1 2")
 INFER = "nfe batch decay tol max-nfe tokens temperature top-k seed student memory split data "
@@ -59,12 +59,21 @@ def comparisons(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield " ".join(["compare", *flags]), lambda flags=flags: compare.main(flags)
 
 
+def measurements(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Flags of the commands that draw and time, beside one that ends them before they work."""
+    for name, value in itertools.product(("only", "frobnicate"), VALUES):
+        flags = [f"--{name}={value}", f"--results={out}"]
+        yield " ".join(["speed", *flags]), lambda flags=flags: speed.main(flags)
+        yield " ".join(["tables", *flags]), lambda flags=flags: tables.main(flags)
+        yield " ".join(["rivals", *flags]), lambda flags=flags: rivals.main(flags)
+
+
 def sweep(run: str, every: int = 1) -> tuple[int, list[str]]:
     """The number of cases, and those that failed with what happened; every: of how many cases one
     is tried."""
     failed, count = [], 0
     with tempfile.TemporaryDirectory() as out:
-        cases = itertools.chain(settings(out), answers(run), comparisons(out))
+        cases = itertools.chain(settings(out), answers(run), comparisons(out), measurements(out))
         for command, act in itertools.islice(cases, 0, None, every):
             count += 1
             try:

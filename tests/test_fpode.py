@@ -1,4 +1,8 @@
-"""The ODE view and the clock."""
+"""The fixed-point ODE and the clock.
+
+Euler's method with step 1 is Picard's iteration; the flow ends at the equilibrium.
+Times grow, fill [eps, T] and survive fp32; rho follows the measured contraction.
+"""
 
 import math
 

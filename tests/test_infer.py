@@ -1,4 +1,8 @@
-"""Alg. 1: its cost, its answers, its anytime form, and the command."""
+"""Alg. 1: its cost, its answers, its anytime form, and the command.
+
+J steps make J evaluations of h; a prefix of a run is a shorter run.
+Samples stop by themselves, and a stopped one costs nothing more.
+"""
 
 import json
 from dataclasses import replace

@@ -4,21 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import infer
-import train
 from anderson import Counter, picard
-from checkpoint import UsageError
-from evidence import rivals
-from evidence.evaluate import evaluate
-from evidence.measure import parameters
-from evidence.methods import methods
 from evidence.rivals import EndsBatch, LearnedSolverLoss
 from models import mdeq, transformer
 from models.ignn import IGNN, Graph
 from models.learned_solver import LearnedSolver, learned
 from models.transformer import DEQTransformer
-
-from .conftest import TINY
 
 
 def problem(kind: str, net):
@@ -120,25 +111,3 @@ def test_training_pulls_the_start_and_the_path_to_the_equilibrium(net):
         history.append({name: value.item() for name, value in terms.items()})
     assert history[-1]["start"] < 0.7 * history[0]["start"]
     assert history[-1]["path"] < 0.9 * history[0]["path"]
-
-
-def test_a_learned_solver_has_its_rows(tmp_path):
-    """Trained, and started again; its evaluations are counted as all others."""
-    flags = [*TINY, f"--out={tmp_path}", "--student_steps=3"]
-    train.main([*flags, "--stage=teacher"])
-    for _ in range(2):
-        rivals.main(["hyperdeq", *flags])
-    run = infer.open_run(tmp_path, device="cpu")
-    found = rivals.open_rivals(run)
-    table = methods(run, found)
-    rows = evaluate(run, table, run.task.valid, (1, 3))["hyperdeq"]
-    assert [row["nfe"] for row in rows] == [1, 3]
-    assert parameters(run, found, "hyperdeq") > parameters(run, found, "anderson")
-    with pytest.raises(UsageError, match="has updates 3, not 4; delete it"):
-        rivals.main(["hyperdeq", *flags[:-1], "--student_steps=4"])
-    with pytest.raises(UsageError, match="ignn-solver: ignn-solver needs a network of a"):
-        rivals.main(["ignn-solver", *flags])
-    (tmp_path / "teacher.pt").unlink()
-    train.main([*flags, "--stage=teacher", "--seed=1"])
-    with pytest.raises(UsageError, match="distilled from another teacher"):
-        rivals.open_rivals(infer.open_run(tmp_path, device="cpu"))

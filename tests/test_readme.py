@@ -182,7 +182,7 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
     if script == "evidence.tables":
         pages = Path("README.md"), Path("RESULTS.md")
         before = [page.read_text() for page in pages]
-        main()
+        main([])
         assert [page.read_text() for page in pages] == before
         return
     task = asked.get("--task") or Path(asked.get("--run", "runs/digits")).name
