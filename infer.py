@@ -163,8 +163,8 @@ def continuations(run: Run, name: str, nfe: int, args) -> list[dict]:
         words, speed = generate(
             run, method, budget, prompt, args.tokens, args.temperature, args.top_k
         )
-        told = " ".join([args.prompt, *(run.task.classes[word] for word in words)])
-        rows.append({"method": title, "nfe": budget, "tokens_per_second": speed, "text": told})
+        continued = " ".join([args.prompt, *(run.task.classes[word] for word in words)])
+        rows.append({"method": title, "nfe": budget, "tokens_per_second": speed, "text": continued})
     return rows
 
 

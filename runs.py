@@ -148,13 +148,13 @@ def state_shape(job: Job, net: Equilibrium) -> torch.Size:
     return net.initial(net.inject(x.to(job.device))).shape[1:]
 
 
-def keep(job: Job, path: Path, kind: str, **contents) -> None:
+def write_checkpoint(job: Job, path: Path, kind: str, **contents) -> None:
     """Writes a checkpoint with the run's settings and data beside its contents, by rank 0."""
     if job.rank == 0:
         save(path, kind, config=dataclasses.asdict(job.config), data=job.data, **contents)
 
 
-def kept(job: Job, path: Path, kind: str) -> dict | None:
+def read_checkpoint(job: Job, path: Path, kind: str) -> dict | None:
     """The checkpoint of an earlier start, None where there is none; UsageError where it was made
     with other settings of its kind, or from other data. A rival has the teacher's settings."""
     if not path.exists():
@@ -174,14 +174,14 @@ def kept(job: Job, path: Path, kind: str) -> dict | None:
 
 def restore(job: Job, stage) -> int:
     """Loads the checkpoint of a stage of train.py, if there is one: its number of updates."""
-    saved = kept(job, stage.path, stage.kind)
+    saved = read_checkpoint(job, stage.path, stage.kind)
     if saved is None:
         return 0
     for key, value in stage.extra.items():  # what a student depends on: its clock, its teacher
         if saved[key] != value:
             raise UsageError(f"{stage.path} has {key} {saved[key]}, not {value}; delete it")
     for name, part in stage.states().items():
-        fill(part, saved[name], stage.path)
+        load_weights(part, saved[name], stage.path)
     return saved["step"]
 
 
@@ -189,7 +189,7 @@ def student_path(folder: Path, name: str) -> Path:
     return folder / (f"student-{name}.pt" if name else "student.pt")
 
 
-def fill(part, state: dict, path: Path) -> None:
+def load_weights(part, state: dict, path: Path) -> None:
     """part.load_state_dict(state); UsageError where the sizes are those of other data."""
     try:
         part.load_state_dict(state)
@@ -252,7 +252,7 @@ def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=
     task = open_task(config)
     same_data(folder / "teacher.pt", saved, task.fingerprint())
     teacher = task.network(config)
-    fill(teacher, saved["model"], folder / "teacher.pt")
+    load_weights(teacher, saved["model"], folder / "teacher.pt")
     teacher.to(place).eval().requires_grad_(False)
     if names is None:
         found = sorted(folder.glob("student*.pt"))

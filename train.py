@@ -36,7 +36,17 @@ from config import Config, parse
 from fpode import contraction, propose_rho
 from models import Equilibrium
 from models.published import adopt
-from runs import Job, barrier, build_student, generator, keep, kept, log, samples, say
+from runs import (
+    Job,
+    barrier,
+    build_student,
+    generator,
+    log,
+    read_checkpoint,
+    samples,
+    say,
+    write_checkpoint,
+)
 from student import Student, update_ema
 
 MU = 0.98  # of the running average phi^-
@@ -123,7 +133,7 @@ def fit(job: Job, stage: Stage) -> None:
             runs.tell(job, stage, bar, step, values)
         if saves:
             states = {name: part.state_dict() for name, part in stage.states().items()}
-            keep(job, stage.path, stage.kind, step=step + 1, **states, **stage.extra)
+            write_checkpoint(job, stage.path, stage.kind, step=step + 1, **states, **stage.extra)
     barrier(job)
 
 
@@ -180,7 +190,7 @@ def train_teacher(job: Job) -> Equilibrium:
         take_over(job, net, path)
     if not finished(path, "teacher", config):
         fit(job, teacher_stage(job, net, path))
-    saved = kept(job, path, "teacher")
+    saved = read_checkpoint(job, path, "teacher")
     net = task.network(dataclasses.asdict(config))
     net.load_state_dict(saved["model"])
     if config.compile:
@@ -194,7 +204,7 @@ def take_over(job: Job, net: Equilibrium, path: Path) -> None:
     barrier(job)  # no rank looks after another has written
     if not there:
         adopt(net, Path(file), job.config.preset)
-        keep(
+        write_checkpoint(
             job, path, "teacher", step=job.config.teacher_steps, model=net.state_dict(), source=file
         )
     elif load(path, "teacher").get("source") != file:
@@ -257,7 +267,7 @@ def train_student(job: Job, teacher: Equilibrium) -> None:
     """A student by either recipe; `pick_decay` finishes it."""
     config, path = job.config, runs.student_path(job.folder, job.config.name)
     if finished(path, "student", config):
-        runs.same_teacher(path, kept(job, path, "student"), teacher)
+        runs.same_teacher(path, read_checkpoint(job, path, "student"), teacher)
         return
     paper, started = config.recipe == "paper", time.perf_counter()
     store = trajectories.make_store(job, teacher, ends=not paper)
@@ -324,9 +334,9 @@ def own_run_batches(
 def draw_run(job: Job, student: Student, random: torch.Generator) -> list[float]:
     """Times t_0 .. t_J of a run of the student's own, J and the schedule's base drawn; where the
     split is a single sample, a graph, every process draws others."""
-    runs, mine = (job.world, job.rank) if len(job.task.train) == 1 else (1, 0)
-    J = torch.randint(1, job.config.rollout_max + 1, (runs,), generator=random)[mine]
-    pick = torch.randint(len(job.task.decays), (runs,), generator=random)[mine]
+    draws, own = (job.world, job.rank) if len(job.task.train) == 1 else (1, 0)
+    J = torch.randint(1, job.config.rollout_max + 1, (draws,), generator=random)[own]
+    pick = torch.randint(len(job.task.decays), (draws,), generator=random)[own]
     return student.times.schedule(int(J) + 1, job.task.decays[pick])
 
 
@@ -372,7 +382,7 @@ def pick_decay(job: Job) -> None:
     say(job, f"schedule base {decay} (validation)")
     log(job, decay=decay, validation={str(key): value for key, value in scores.items()})
     more = {key: saved[key] for key in ("model", "ema", "optimizer", "rho", "teacher")}
-    keep(job, path, "student", step=saved["step"], decay=decay, **more)
+    write_checkpoint(job, path, "student", step=saved["step"], decay=decay, **more)
     barrier(job)
 
 

@@ -121,11 +121,11 @@ class Memory:
         self.split, self.seed, self.dtype = split, seed, dtype
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if _many() else (0, 1)
         self.local, self.chunk = batch // self.world, chunk
-        self.fill(solve)
+        self.solve_all(solve)
 
-    def fill(self, solve: Solve) -> None:
+    def solve_all(self, solve: Solve) -> None:
         starts = range(0, len(self.split), self.chunk)
-        parts = {c: self.solve(solve, c) for c in self.mine(starts)}
+        parts = {c: self.solve(solve, c) for c in self.own_chunks(starts)}
         if len(starts) == 1 and not _many():  # a graph: no second copy of gigabytes
             self.z = parts[0]
             return
@@ -142,12 +142,10 @@ class Memory:
             if _many():
                 dist.broadcast(part, src=i % self.world)
 
-    def mine(self, chunks):
+    def own_chunks(self, chunks):
         """This rank's share of the work, with a progress bar on rank 0."""
-        mine = list(chunks)[self.rank :: self.world]
-        return tqdm(
-            mine, desc="trajectories", unit="chunk", disable=None if not self.rank else True
-        )
+        own = list(chunks)[self.rank :: self.world]
+        return tqdm(own, desc="trajectories", unit="chunk", disable=None if not self.rank else True)
 
     def solve(self, solve: Solve, first: int) -> Tensor:
         """States of samples first .. first + chunk as stored: (chunk, n, state...)."""
@@ -181,9 +179,9 @@ class Disk(Memory):
         self.folder, self.header = folder, header
         super().__init__(*args, **options)
 
-    def fill(self, solve: Solve) -> None:
+    def solve_all(self, solve: Solve) -> None:
         starts = range(0, len(self.split), self.chunk)
-        for first in self.mine(starts):
+        for first in self.own_chunks(starts):
             if not self.path(first).exists():
                 self.write(first, self.solve(solve, first))
             self.open(first, verify=True)
@@ -268,7 +266,7 @@ class Rolling(Memory):
         self.live: list[int | None] = [None] * reuse
         super().__init__(solve, *args, **(options | {"chunk": slots // reuse}))
 
-    def fill(self, solve: Solve) -> None:
+    def solve_all(self, solve: Solve) -> None:
         self.x = self.y = self.z = None  # allocated by the first chunk, which tells the shapes
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,8 +283,8 @@ class Rolling(Memory):
         for first in itertools.count(number * count, count):
             rows, _ = positions(len(self.split), first, count, self.seed)
             seeds = self.seed * 10**9 + first + torch.arange(count)
-            mine = slice(self.rank, None, self.world)
-            yield rows[mine], seeds[mine] if self.augment else None
+            share = slice(self.rank, None, self.world)
+            yield rows[share], seeds[share] if self.augment else None
 
     def replace(self, number: int) -> None:
         """Solves chunk `number` into the place of the oldest one."""

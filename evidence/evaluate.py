@@ -56,8 +56,10 @@ def evaluate(
                 u = net.inject(x, before)
                 star = equilibrium(run, net.initial(u), u)
             for name, method in methods.items():
-                states = own_states(method, x, pasts[name]) if own else states_of(
-                    method, x, pasts[name], star)  # fmt: skip
+                if own:
+                    states = own_states(method, x, pasts[name])
+                else:
+                    states = states_of(method, x, pasts[name], star)
                 for nfe, z in zip(nfes, states, strict=True):
                     tallies[name, nfe].add(measures(run, z, u, star, y), y, units)
                 del states, z  # gigabytes on a graph: not beside the next method's

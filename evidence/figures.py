@@ -1,25 +1,42 @@
-"""Figures of reports."""
+"""Figures of reports. A method has one color in all of them."""
 
 from pathlib import Path
 
 from checkpoint import atomic
 
 HUGE = 1e9  # the relative residual of a state that is 0
+METHODS = ("picard", "anderson", "hyperdeq", "cdeq", "cdeq-paper", "direct", "cdeq+anderson")
+COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
 
 
-def figure(result: dict, path: Path) -> None:
-    """Metric and relative residual (Fig. 2's axes) against NFE, and metric against time, a PNG."""
+def canvas_of(n: int):
+    """A figure of n axes in a row, and the list of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    left, right, pareto = axes
+    canvas, axes = pyplot.subplots(1, n, figsize=(5 * n, 4), layout="constrained", squeeze=False)
+    return canvas, [*axes[0]]
+
+
+def save(canvas, path: Path) -> None:
+    """Writes the figure as a PNG, and forgets it."""
+    from matplotlib import pyplot
+
+    with atomic(path) as file:
+        canvas.savefig(file, format="png", dpi=120)
+    pyplot.close(canvas)
+
+
+def figure(result: dict, path: Path) -> None:
+    """Metric and relative residual (Fig. 2's axes) against NFE, and metric against time, a PNG."""
+    canvas, (left, right, pareto) = canvas_of(3)
     implicit = [row for row in result["rows"] if row["nfe"]]
     for method in dict.fromkeys(row["method"] for row in implicit):
         rows = [row for row in implicit if row["method"] == method]
         style = dict(marker="o", markersize=4, linestyle="-" if method == "cdeq" else "--")
+        style |= {"color": COLORS[method]} if method in COLORS else {}
         for axis, key in ((left, "value"), (right, "residual")):
             shown = [r for r in rows if r.get(key, HUGE) < HUGE]
             axis.plot([r["nfe"] for r in shown], [r[key] for r in shown], label=method, **style)
@@ -42,6 +59,4 @@ def figure(result: dict, path: Path) -> None:
             left.axhline(row["value"], linewidth=1, linestyle=":", label=row["method"])
     left.legend()
     canvas.suptitle(f"{result.get('note') or result['task']}, seeds {result['seeds']}")
-    with atomic(path) as file:
-        canvas.savefig(file, format="png", dpi=120)
-    pyplot.close(canvas)
+    save(canvas, path)

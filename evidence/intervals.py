@@ -50,8 +50,8 @@ def difference(a: BySeed, b: BySeed, perplexity: bool) -> tuple[float, float, fl
     times, picked = draws(len(seeds), len(names))
     scale = np.exp if perplexity else np.asarray
     whole, drawn = [], []
-    for (_, mine), (_, other) in zip(units[::2], units[1::2], strict=True):
-        sums = [np.vstack([v.sum(0), times @ v.astype(np.float32)]) for v in (mine, other)]
+    for (_, one), (_, other) in zip(units[::2], units[1::2], strict=True):
+        sums = [np.vstack([v.sum(0), times @ v.astype(np.float32)]) for v in (one, other)]
         first, second = (scale(v[:, 0] / v[:, 1]) for v in sums)
         whole.append(first[0] - second[0])
         drawn.append(first[1:] - second[1:])

@@ -31,7 +31,7 @@ from config import parse
 from losses import TeacherBatch, distance
 from models import Equilibrium
 from models.learned_solver import LearnedSolver
-from runs import Job, Run, kept, samples
+from runs import Job, Run, read_checkpoint, samples
 from trajectories import make_store
 
 LEARNED = ("hyperdeq", "ignn-solver")
@@ -55,7 +55,7 @@ def open_rivals(run: Run) -> Rivals:
         saved = load(path, "direct")
         if saved["step"] == saved["updates"]:
             net = run.task.network(saved["config"])
-            runs.fill(net, saved["model"], path)
+            runs.load_weights(net, saved["model"], path)
             found.direct[int(path.stem.removeprefix("direct-"))] = net
     for path in sorted(run.folder.glob("explicit-*.pt")):
         saved, name = load(path, "explicit"), path.stem.removeprefix("explicit-")
@@ -101,7 +101,9 @@ def train_explicit(job: Job, name: str) -> None:
     torch.manual_seed(config.seed)
     net = task.explicit(name, dataclasses.asdict(config)).to(job.device).train()
     if name.endswith("-pretrained"):
-        runs.keep(job, path, "explicit", step=config.teacher_steps, model=net.state_dict())
+        runs.write_checkpoint(
+            job, path, "explicit", step=config.teacher_steps, model=net.state_dict()
+        )
         runs.say(job, f"{path}: torchvision's weights, not trained here")
         return
     options = dict(lr=config.teacher_lr, weight_decay=config.teacher_decay)
@@ -147,7 +149,7 @@ def train_learned(job: Job, kind: str) -> None:
     config, path = job.config, job.folder / f"{kind}.pt"
     if not train.finished(job.folder / "teacher.pt", "teacher", config):
         raise UsageError(f"{kind}: {job.folder} has no finished teacher; train it first")
-    teacher, saved = train.train_teacher(job), kept(job, path, kind)
+    teacher, saved = train.train_teacher(job), read_checkpoint(job, path, kind)
     if saved and saved["step"] >= config.student_steps:
         runs.same_teacher(path, saved, teacher)
         return

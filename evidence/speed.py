@@ -30,6 +30,7 @@ from anderson import Counter, anderson
 from checkpoint import atomic, plain_errors, provenance, versions
 from config import TASKS, command_line
 from evidence.compare import train
+from evidence.figures import canvas_of, save
 from evidence.methods import methods
 from evidence.rivals import Rivals
 from evidence.timing import cost, interleaved, peak_memory
@@ -239,21 +240,14 @@ def arxiv(data: Path, d: int = 128) -> dict | None:
 
 
 def scaling_figure(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    canvas, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    canvas, (axis,) = canvas_of(1)
     edges = [row["edges"] for row in rows]
     axis.loglog(edges, [row["seconds"]["f"] for row in rows], marker="o", label="one evaluation")
     first = rows[-1]["seconds"]["f"] / edges[-1]
     axis.loglog(edges, [first * E for E in edges], linestyle=":", color="gray", label="linear")
     axis.set(xlabel="edges (both directions, self-loops)", ylabel="seconds", title="IGNN, f")
     axis.legend()
-    with atomic(path) as file:
-        canvas.savefig(file, format="png", dpi=120)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 def solver_overheads() -> list[dict] | None:

@@ -93,8 +93,8 @@ def teacher_lines(result: dict) -> list[str]:
     if not rows:
         return []
     lines = [
-        [row["method"], number(row, "value"), told, f"{row['contraction']:.2f}"]
-        for row, told in [
+        [row["method"], number(row, "value"), remark, f"{row['contraction']:.2f}"]
+        for row, remark in [
             ({"method": "teacher", **result["teacher"]}, ""),
             *((row, verdict(row["vs_teacher"], result)) for row in rows),
         ]
@@ -126,9 +126,9 @@ def explicit_lines(result: dict) -> list[str]:
         columns.remove("valid")
     rows = []
     for row in explicit:
-        told = verdict(row["vs_teacher"], result) if row.get("vs_teacher") else ""
+        remark = verdict(row["vs_teacher"], result) if row.get("vs_teacher") else ""
         cells = (number(row, key) for key in columns)
-        rows.append([f"{row['method']}{some(row, result)}", *cells, told])
+        rows.append([f"{row['method']}{some(row, result)}", *cells, remark])
     head = ["network", *columns, "less the teacher's"]
     return table("networks of finite depth", head, rows) if rows else []
 

@@ -1,6 +1,6 @@
 """Seconds and peak memory of an answer.
 
-Jobs take turns in one process, so that a busy machine slows them alike; what is told is the median.
+Jobs take turns in one process, so that a busy machine slows them alike; what counts is the median.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def cost(run: Run, rivals: Rivals, table: dict, wanted: set[tuple], batch: int) 
     batch_of = task.test.batch(torch.arange(min(batch, len(task.test))))
     x, y = (v.to(run.device) for v in batch_of)
     parts = [*two_parts(net, x, y)]
-    (first, _), (last, told) = parts[0], parts[-1]
+    (first, _), (last, y_last) = parts[0], parts[-1]
 
     def past(method: Method):
         """What it remembers of the part before."""
@@ -43,7 +43,7 @@ def cost(run: Run, rivals: Rivals, table: dict, wanted: set[tuple], batch: int) 
     def answer(method: Method, nfe: int, memory, u=None) -> Tensor:
         u = method.inject(last, memory) if u is None else u
         z = method.solve(method.initial(u), u, nfe, last=True)
-        return method.net.head(z) if task.score else method.net.nll(z, told)
+        return method.net.head(z) if task.score else method.net.nll(z, y_last)
 
     jobs = {key: (table[key[0]], key[1]) for key in sorted(wanted)}
     for J, direct in rivals.direct.items():

@@ -176,14 +176,14 @@ class Language(Reference):
     def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, x.shape[1], self.segment):
             begin, end = max(0, start - self.memory), start + self.segment
-            told = torch.cat([torch.full_like(y[:, begin:start], -1), y[:, start:end]], dim=1)
-            yield x[:, begin:end], told
+            answers = torch.cat([torch.full_like(y[:, begin:start], -1), y[:, start:end]], dim=1)
+            yield x[:, begin:end], answers
 
     def nll(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, nats: the mean over the labels >= 0 of each sample, (B,) fp32."""
-        z, told = self.drop(self.net(self.drop(self.embedding(x)))), y >= 0
-        losses = self.softmax.nll(z[told], y[told])
-        total = losses.new_zeros(len(y)).index_add(0, told.nonzero()[:, 0], losses)
+        z, labelled = self.drop(self.net(self.drop(self.embedding(x)))), y >= 0
+        losses = self.softmax.nll(z[labelled], y[labelled])
+        total = losses.new_zeros(len(y)).index_add(0, labelled.nonzero()[:, 0], losses)
         return total / labels(y).clamp(min=1)
 
 

@@ -262,9 +262,9 @@ class DEQTransformer(Equilibrium):
         return self.softmax.log_probabilities(self.drop(z))
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        told = y >= 0
-        losses = self.softmax.nll(self.drop(z)[told], y[told])
-        total = losses.new_zeros(len(y)).index_add(0, told.nonzero()[:, 0], losses)
+        labelled = y >= 0
+        losses = self.softmax.nll(self.drop(z)[labelled], y[labelled])
+        total = losses.new_zeros(len(y)).index_add(0, labelled.nonzero()[:, 0], losses)
         return total / labels(y).clamp(min=1)
 
     @torch.no_grad()

@@ -152,12 +152,12 @@ def digits_graph(data: Path) -> Task:
     squares = images.square().sum(1)
     gaps = squares[:, None] + squares - 2 * images @ images.T
     near = gaps.fill_diagonal_(torch.inf).argsort(dim=1, stable=True)[:, :8]
-    told = torch.rand(len(labels), 1, generator=torch.Generator().manual_seed(0)) < 0.05
+    shown = torch.rand(len(labels), 1, generator=torch.Generator().manual_seed(0)) < 0.05
     pixels = images.float() / 8 - 1
     content = dict(
         zip(MASKS, random_masks(len(labels), 0.3), strict=True),
         edge_index=torch.stack([torch.arange(len(near)).repeat_interleave(8), near.flatten()]),
-        x=torch.cat([pixels * told, told.float()], dim=1),
+        x=torch.cat([pixels * shown, shown.float()], dim=1),
         y=labels,
     )
     return node_task("digits-graph", content, dict(width=32, hidden=32), SMALL)

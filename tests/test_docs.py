@@ -98,19 +98,14 @@ def test_a_module_docstring_is_short_enough_to_be_read():
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_readme_code_runs(tiny_run, capsys):
-    exec(CODE[0].replace("runs/digits", str(tiny_run)), {})
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
 def test_readmes_own_task_is_short_and_learns(tmp_path, monkeypatch):
     """The worked example: at most 40 lines of code, and all that a task needs."""
     import config
 
     monkeypatch.setattr(config, "TASKS", dict(config.TASKS))
-    lines = [line for line in CODE[1].splitlines() if line.strip()]
+    lines = [line for line in CODE[0].splitlines() if line.strip()]
     assert len(lines) <= 40
-    exec(CODE[1].replace('"runs/', f'"{tmp_path}/'), {"__name__": "example"})
+    exec(CODE[0].replace('"runs/', f'"{tmp_path}/'), {"__name__": "example"})
     assert "| cdeq |" in (tmp_path / "moons" / "report.md").read_text()
 
 

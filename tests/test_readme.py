@@ -20,11 +20,11 @@ from PIL import Image
 import config
 import tasks
 import train
-from evidence import compare, speed, tables, timing
+from evidence import compare, contraction, speed, tables, timing
 from models import mdeq, transformer
 from tasks import Split, graphs, text
 
-from . import test_graphs, test_images, test_text
+from . import test_graphs, test_images, test_mdeq, test_text, test_transformer
 from .conftest import ROOT, TINY
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -58,7 +58,7 @@ def tiny_flags(task: str) -> list[str]:
 def small_world(folder: Path) -> None:
     """The files that the commands name, and what they would download."""
     generator = torch.Generator().manual_seed(0)
-    for place, classes in (("data/imagenette-64", 10), ("DIR", test_images.CLASSES)):
+    for place, classes in (("data/imagenette-64", 10), ("DIR", test_mdeq.CLASSES)):
         for part, label in itertools.product(("train", "val"), range(classes)):
             where = folder / place / part / f"n{label:02}"
             where.mkdir(parents=True)
@@ -67,7 +67,7 @@ def small_world(folder: Path) -> None:
                 Image.fromarray(pixels).save(where / f"{i}.png")
     Image.fromarray(pixels[:16, :16]).save(folder / "digit.png")
     # As many words as the published transformer's stand-in has, <eos> among them.
-    words = [f"w{i}" for i in range(test_text.WORDS - 5)]
+    words = [f"w{i}" for i in range(test_transformer.WORDS - 5)]
     words = [*words, "<unk>", "The", "game", "was"]
     (folder / "data/ogbn_arxiv").mkdir()
     for place in ("data/wikitext-2", "DIR", "FOLDER"):
@@ -75,8 +75,8 @@ def small_world(folder: Path) -> None:
         test_text.make(folder / place, f"{' '.join(words)}\n" * 20, *[" ".join(words[:40])] * 2)
     graph = {key: value.numpy() for key, value in test_graphs.good_graph().items()}
     np.savez(folder / "mine.npz", **graph)
-    torch.save(test_images.reference_state(), folder / "MDEQ_Small_Cls.pkl")
-    torch.save(test_text.reference_state(), folder / "wt103_deqtrans.pkl")
+    torch.save(test_mdeq.reference_state(), folder / "MDEQ_Small_Cls.pkl")
+    torch.save(test_transformer.reference_state(), folder / "wt103_deqtrans.pkl")
     shutil.copytree(ROOT / "results", folder / "results")
     for page in ("README.md", "RESULTS.md"):
         shutil.copy(ROOT / page, folder)
@@ -102,6 +102,7 @@ def world(tmp_path_factory):
         # In this process, where the stand-ins are.
         patch.setattr(compare, "train", in_this_process)
         patch.setattr(speed, "train", in_this_process)
+        patch.setattr(contraction, "train", in_this_process)
         patch.setattr(speed, "fresh", printed)
         patch.setattr(tables, "ROOT", folder)
         yield folder
@@ -134,21 +135,22 @@ def small_tasks(patch) -> None:
 def small_networks(patch) -> None:
     """Stand-ins under the presets' names, none with torchvision's weights."""
     for name in ("imagenet-small", "imagenette"):
-        patch.setitem(mdeq.PRESETS, name, test_images.SMALL)
+        patch.setitem(mdeq.PRESETS, name, test_mdeq.SMALL)
     vision = tasks.images.vision
 
     def plain(name, settings, classes):
         return vision(name.removesuffix("-pretrained"), settings, classes)
 
     patch.setattr(tasks.images, "vision", plain)
-    narrow = {key: value for key, value in test_text.SMALL.items() if key in ("d", "heads")}
-    narrow |= dict(inner=test_text.INNER, cutoffs=test_text.CUTS)
+    narrow = {key: value for key, value in test_transformer.SMALL.items() if key in ("d", "heads")}
+    narrow |= dict(inner=test_transformer.INNER, cutoffs=test_transformer.CUTS)
     for name in ("transformer-103", "transformer-small"):
         patch.setitem(transformer.PRESETS, name, narrow)
 
 
 def short_measurements(patch) -> None:
     """Two students of each kind, one round of times, small inputs."""
+    patch.setattr(contraction, "KAPPA", contraction.KAPPA[:2])
     for name in ("GRID", "ABLATIONS", "TEACHERS"):
         patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
     rounds, overhead, scaling = timing.interleaved, speed.solver_overhead, speed.graph_scaling
@@ -188,6 +190,10 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
     task = asked.get("--task") or Path(asked.get("--run", "runs/digits")).name
     if script in ("train.py", "evidence.rivals"):
         main([*flags, *tiny_flags(task)])
+    elif script == "evidence.contraction":
+        main([*flags, "--results", str(tmp_path), "--flags", *tiny_flags(task)])
+        rows = json.loads((tmp_path / f"{task}-contraction.json").read_text())["rows"]
+        assert [one["setting"] for one in rows] == ["--kappa 0.5", "--kappa 0.8"]
     elif script == "evidence.compare":
         made = ["--seeds", "0", "--results", str(tmp_path)]
         main([*flags, *made, "--flags", *tiny_flags(task)])
