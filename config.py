@@ -59,12 +59,15 @@ class Config:
 
     task: str = opt(TASK, "digits", "The data set.", " | ".join(TASKS))
     preset: str = opt(TASK, "", "The network's kind and size; empty: the task's first.")
-    seed: int = opt(TASK, 0, "Of weights, data order and every other draw.", ">= 0")
+    seed: int = opt(TASK, 0, "Decides weights, data order and every other draw.", ">= 0")
     batch: int = opt(TASK, 128, "Samples of one update, those of all processes together.", ">= 1")
     accumulate: int = opt(TASK, 1, "Parts that a batch is computed in, to save memory.", ">= 1")
     augment: bool = opt(TASK, True, "Train on random views of the inputs.")
     dtype: str = opt(
-        TASK, "fp32", "Of the networks; solves, times, losses stay fp32.", "fp32 | bf16"
+        TASK,
+        "fp32",
+        "Number format of the networks; solves, times, losses stay fp32.",
+        "fp32 | bf16",
     )
     clip: float = opt(TASK, 1.0, "The gradient's norm is clipped to this.", "> 0")
     image_size: int = opt(
@@ -81,8 +84,8 @@ class Config:
     teacher: str = opt(
         START, "", "A trained teacher to take over: teacher.pt, or locuslab/deq's file."
     )
-    device: str = opt(START, "auto", "Of all processes.", "auto | cpu | cuda")
-    compile: bool = opt(START, False, "torch.compile the cells.")
+    device: str = opt(START, "auto", "Where all processes compute.", "auto | cpu | cuda")
+    compile: bool = opt(START, False, "Compile the cells with torch.compile.")
     workers: int = opt(
         START, min(8, os.cpu_count() or 1), "Processes that read pictures.", ">= 0 and <= 256"
     )
@@ -90,22 +93,32 @@ class Config:
     save_every: int = opt(START, 50, "Updates between checkpoints.", ">= 1")
 
     recipe: str = opt(STUDENT, "own-run", "What the student is trained on.", "own-run | paper")
-    name: str = opt(STUDENT, "", "Of the student's file, for ablations; empty: the recipe's.")
-    student_steps: int = opt(STUDENT, 600, "Updates.", ">= 1")
+    name: str = opt(STUDENT, "", "Names the student's file, for ablations; empty: the recipe's.")
+    student_steps: int = opt(STUDENT, 600, "Updates of the student.", ">= 1")
     student_lr: float = opt(STUDENT, 3e-3, "Peak learning rate of Adam, cosine to 0.", "> 0")
     K: int = opt(STUDENT, 20, "The teacher's solver steps, from z_0 to z_K.", ">= 2 and <= 1000")
     kl: float = opt(
-        STUDENT, 0.5, "Share of its predictions in the loss, against its states.", ">= 0 and <= 1"
+        STUDENT,
+        0.5,
+        "Share of the loss that compares predictions; the rest compares states.",
+        ">= 0 and <= 1",
     )
-    rollout_max: int = opt(STUDENT, 4, "Its own run in training has 1 to this many steps.", ">= 1")
-    own_injection: bool = opt(STUDENT, True, "It trains an injection of its own.")
-    start: bool = opt(STUDENT, True, "It learns a guess in place of z_0.")
-    aa: bool = opt(STUDENT, False, "It makes the Anderson step of Eq. 7.")
-    lam1: float = opt(STUDENT, 0.8, "Recipe paper: global against local loss.", ">= 0 and <= 1")
+    rollout_max: int = opt(
+        STUDENT, 4, "Most steps of the student's own run in training; 1 to this many.", ">= 1"
+    )
+    own_injection: bool = opt(STUDENT, True, "The student trains an injection of its own.")
+    start: bool = opt(STUDENT, True, "The student learns a guess in place of z_0.")
+    aa: bool = opt(STUDENT, False, "The student makes the Anderson step of Eq. 7.")
+    lam1: float = opt(
+        STUDENT,
+        0.8,
+        "Recipe paper: share of the global loss; the rest is the local one.",
+        ">= 0 and <= 1",
+    )
     lam2: float = opt(STUDENT, 0.05, "Recipe paper: weight of the task loss.", ">= 0")
-    cache_dtype: str = opt(STUDENT, "fp32", "Of stored states.", "fp32 | bf16")
+    cache_dtype: str = opt(STUDENT, "fp32", "Number format of stored states.", "fp32 | bf16")
 
-    teacher_steps: int = opt(TEACHER, 700, "Updates.", ">= 1")
+    teacher_steps: int = opt(TEACHER, 700, "Updates of the teacher.", ">= 1")
     teacher_lr: float = opt(TEACHER, 3e-3, "Peak learning rate, cosine to 0.", "> 0")
     teacher_decay: float = opt(TEACHER, 0.1, "Weight decay.", ">= 0")
     optimizer: str = opt(TEACHER, "adamw", "sgd has Nesterov momentum .9.", "adamw | sgd")
@@ -116,12 +129,12 @@ class Config:
     growing: float = opt(
         TEACHER, 0.0, "First share of updates, which have 1, 2, 4 .. layers alone.", ">= 0 and < 1"
     )
-    jac_weight: float = opt(TEACHER, 0.0, "Of the Jacobian regularisation; 0: off.", ">= 0")
+    jac_weight: float = opt(TEACHER, 0.0, "Weight of the Jacobian regularisation; 0: off.", ">= 0")
 
     width: int = opt(NETWORK, 0, "Channels of a graph's state; 0: the preset's.", ">= 0")
     hidden: int = opt(NETWORK, 0, "Width of a graph's encoder; 0: the preset's.", ">= 0")
     kappa: float = opt(NETWORK, 0.95, "Bound of a graph's contraction rate.", "> 0 and < 1")
-    dropout: float = opt(NETWORK, 0.5, "In a graph's encoder and head.", ">= 0 and < 1")
+    dropout: float = opt(NETWORK, 0.5, "Dropout in a graph's encoder and head.", ">= 0 and < 1")
     m: int = opt(NETWORK, 6, "States in Anderson's window (Alg. 3).", ">= 1 and <= 100")
 
     store: str = opt(STORE, "auto", "Where they are kept.", "auto | memory | disk | rolling")

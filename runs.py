@@ -7,6 +7,7 @@ no code: each network is built anew from the settings that are saved beside its 
 import dataclasses
 import gc
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,10 +93,12 @@ def barrier(job: Job) -> None:
 
 
 def log(job: Job, **line) -> None:
-    """A line of log.jsonl, by rank 0."""
+    """A line of log.jsonl, by rank 0; one that a full disk tore is ended first."""
     if job.rank == 0:
-        with open(job.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+        with open(job.folder / "log.jsonl", "a+b") as file:
+            torn = file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n"
+            text = json.dumps({"time": round(time.time(), 3), **line}) + "\n"
+            file.write(b"\n" * bool(torn) + text.encode())
 
 
 def say(job: Job, text: str) -> None:

@@ -231,7 +231,7 @@ def text_task(
 # An hour or two of two CPU cores; one of them for a student.
 LITTLE = dict(
     batch=16, teacher_steps=6000, teacher_lr=3e-3, teacher_decay=0.05, growing=0.7,
-    before=6, layers=2, student_steps=1000,
+    before=6, layers=4, student_steps=1500,
     store="rolling", cache_gb=1.0, chunk=16, save_every=100,
 )  # fmt: skip
 
@@ -263,7 +263,7 @@ def folder(data: Path, segment: int = 64, memory: int = 64) -> Task:
 
 def embedded(data: Path, segment: int = 32, memory: int = 32) -> Task:
     """The embedded text; `data` is not used."""
-    defaults = LITTLE | dict(teacher_steps=3000, student_steps=600)
+    defaults = LITTLE | dict(teacher_steps=3000, layers=2, student_steps=600)
     known, texts = read_docstrings()
     ids = [encode(texts[part], known, "docstrings") for part in PARTS]
     more = dict(presets=("transformer-tiny",), defaults=defaults, references=())

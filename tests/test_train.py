@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import infer
+import runs
 import train
 from checkpoint import UsageError, load
 from config import parse
@@ -46,6 +47,18 @@ def test_a_run_leaves_everything_it_promises(tiny_run):
     assert {row["method"] for row in report["rows"]} == methods
     assert report["split"] == "test" and len(report["commit"]) >= 40
     assert [row["nfe"] for row in report["rows"] if row["method"] == "cdeq"] == [1, 2, 4, 8, 20]
+
+
+def test_a_torn_line_of_the_log_is_ended(tmp_path):
+    """As a full disk leaves one; an empty log and a whole line stay as they are."""
+    job = SimpleNamespace(rank=0, folder=tmp_path)
+    runs.log(job, a=1)
+    runs.log(job, a=2)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"torn')
+    runs.log(job, a=3)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines.pop(2) == '{"torn' and [json.loads(line)["a"] for line in lines] == [1, 2, 3]
 
 
 def test_a_second_start_trains_nothing_and_changes_nothing(tiny_run):
