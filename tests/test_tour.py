@@ -8,7 +8,7 @@ import pytest
 from docs.run_tour import TOUR, code, run
 
 KEYS = {"cell_type", "id", "metadata", "source"}
-TOLD = json.loads(TOUR.read_text())
+STORED = json.loads(TOUR.read_text())
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -19,8 +19,8 @@ def printed(cell: dict) -> str:
 
 def test_the_tour_is_a_notebook():
     """nbformat 4.5, and short."""
-    assert (TOLD["nbformat"], TOLD["nbformat_minor"]) == (4, 5)
-    cells, made = TOLD["cells"], code(TOLD)
+    assert (STORED["nbformat"], STORED["nbformat_minor"]) == (4, 5)
+    cells, made = STORED["cells"], code(STORED)
     assert 12 <= len(cells) <= 25 and cells[0]["cell_type"] == "markdown"
     assert len({cell["id"] for cell in cells}) == len(cells)
     for cell in cells:
@@ -35,7 +35,7 @@ def test_the_tour_is_a_notebook():
 
 def test_the_tour_prints_what_it_holds():
     """Run anew, all is the same but the last digit of a number, which may be rounded otherwise."""
-    for cell, (text, figures) in zip(code(TOLD), run(TOLD), strict=True):
+    for cell, (text, figures) in zip(code(STORED), run(STORED), strict=True):
         kept = printed(cell)
         assert NUMBER.sub("#", text) == NUMBER.sub("#", kept), f"{text}: python -m docs.run_tour"
         numbers = zip(NUMBER.findall(text), NUMBER.findall(kept), strict=True)
