@@ -80,14 +80,15 @@ def anderson(
     def step(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         slot, used = k % m, min(k + 1, m)  # Alg. 3, l. 4
         F[:, slot] = f(z).reshape(P, -1)
-        torch.sub(F[:, slot], z.reshape(P, -1), out=R[:, slot])
-        # Only the newest residual changes the Gram matrix: one row, not m of them.
-        row = torch.bmm(R[:, slot, None], R[:, :used].mT)[:, 0]
-        G[:, slot, :used] = G[:, :used, slot] = row
-        alpha = window_weights(G[:, :used, :used], ridge)[:, None]  # Alg. 3, l. 5
-        z_next = torch.bmm(alpha, F[:, :used], out=states[k % 2])  # Eq. 4
-        if beta != 1:  # sum a z = sum a (f - r): the old states themselves are never needed
-            z_next -= (1 - beta) * torch.bmm(alpha, R[:, :used])  # Eq. 12; Alg. 3, l. 6
+        with torch.autocast(z.device.type, enabled=False):  # f's own; bmm would be bf16 in it
+            torch.sub(F[:, slot], z.reshape(P, -1), out=R[:, slot])
+            # Only the newest residual changes the Gram matrix: one row, not m of them.
+            row = torch.bmm(R[:, slot, None], R[:, :used].mT)[:, 0]
+            G[:, slot, :used] = G[:, :used, slot] = row
+            alpha = window_weights(G[:, :used, :used], ridge)[:, None]  # Alg. 3, l. 5
+            z_next = torch.bmm(alpha, F[:, :used], out=states[k % 2])  # Eq. 4
+            if beta != 1:  # sum a z = sum a (f - r): the old states themselves are never needed
+                z_next -= (1 - beta) * torch.bmm(alpha, R[:, :used])  # Eq. 12; Alg. 3, l. 6
         return z_next.view_as(z).to(z.dtype), F[:, slot].view_as(z), row[:, slot]  # Eq. 3
 
     return iterate(step, z0, K, sample_dims=sample_dims, **options)

@@ -138,7 +138,8 @@ class OwnRun(nn.Module):
         random. A softmax over ten thousands of words costs more than f."""
         if self.teacher.sample_dims == 1:
             return lambda z: z
-        rows = torch.randperm(z.shape[0] * z.shape[1])[:TOKENS].to(z.device)
+        rows = torch.randperm(z.shape[0] * z.shape[1])[:TOKENS]
+        rows = rows.pin_memory().to(z.device, non_blocking=True) if z.is_cuda else rows
         return lambda z: z.flatten(0, 1)[rows][None]
 
     @torch.no_grad()
@@ -205,7 +206,7 @@ class TeacherLoss(nn.Module):
                 z_in = z.requires_grad_(True)
                 f_z = net.cell.join(net.cell.forward(z_in, u))  # not compiled: differentiated twice
                 (vjp,) = torch.autograd.grad(f_z, z_in, probe, create_graph=True)
-                terms["jacobian"] = vjp.square().mean()
+                terms["jacobian"] = vjp.float().square().mean()
                 z = z.detach()
             for _ in range(batch.layers):
                 z = net.f(z, u)

@@ -131,7 +131,15 @@ def samples(job: Job, parts: range) -> Iterator[tuple[Tensor, Tensor]]:
             yield rows[job.share], seeds[job.share] if config.augment else None
 
     for x, y in split.stream(keys(), config.workers):
-        yield x.to(job.device), y.to(job.device)
+        yield moved(job, x), moved(job, y)
+
+
+def moved(job: Job, v: Tensor) -> Tensor:
+    """v on the device; to a GPU from pinned memory, so that the host does not wait for the copy."""
+    gpu = job.device.type == "cuda"
+    return (
+        v.contiguous().pin_memory().to(job.device, non_blocking=True) if gpu else v.to(job.device)
+    )
 
 
 def generator(job: Job, kind: str, part: int) -> torch.Generator:

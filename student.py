@@ -129,8 +129,8 @@ class Student(nn.Module):
 
 
 def per_sample(s: Tensor, v: Tensor) -> Tensor:
-    """One number per sample, shaped to multiply v (B, ...)."""
-    return s.to(v.dtype).view(-1, *[1] * (v.dim() - 1))
+    """One number per sample, shaped to multiply v (B, ...); fp32 beside a bf16 v, too."""
+    return s.to(torch.promote_types(s.dtype, v.dtype)).view(-1, *[1] * (v.dim() - 1))
 
 
 def fold(module: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ from runs import (
     build_student,
     generator,
     log,
+    moved,
     read_checkpoint,
     samples,
     say,
@@ -244,7 +245,7 @@ def teacher_batches(job: Job, state: torch.Size, parts: range) -> Iterator[losse
         steps, layers = depth(config, part // config.accumulate)
         chance = torch.rand((), generator=random)
         if steps and config.jac_weight > 0 and chance < JACOBIAN_SHARE:
-            probe = torch.randn(job.part, *state, generator=random)[job.share].to(job.device)
+            probe = moved(job, torch.randn(job.part, *state, generator=random)[job.share])
         yield losses.TeacherBatch(x, y, steps, layers, probe)
 
 
@@ -325,10 +326,10 @@ def own_run_batches(
     for part in parts:
         random = generator(job, "student", part)
         x, _, rows = store.batch(part)
-        z_K = store.ends(rows).to(job.device, torch.float32)
+        z_K = moved(job, store.ends(rows)).float()  # half the bytes travel, if they are bf16
         times = draw_run(job, student, random)
         past, chance = draw_past(student.memory, random)
-        yield losses.OwnRunBatch(x.to(job.device), z_K, times, past, chance < OWN_MEMORY)
+        yield losses.OwnRunBatch(moved(job, x), z_K, times, past, chance < OWN_MEMORY)
 
 
 def draw_run(job: Job, student: Student, random: torch.Generator) -> list[float]:
@@ -344,7 +345,7 @@ def trajectory_batches(
     job: Job, store, student: Student, parts: range
 ) -> Iterator[losses.TrajectoryBatch]:
     """What Distillation wants for each of these parts: states of trajectories about a step k."""
-    K, device = job.config.K, job.device
+    K = job.config.K
     for part in parts:
         random = generator(job, "student", part)
         k = torch.randint(1, K + 1, (job.part,), generator=random)  # Alg. 2, l. 3
@@ -352,10 +353,10 @@ def trajectory_batches(
         ks = torch.stack([k - 2, k - 1, k, torch.full_like(k, K)], dim=1).clamp(min=0)
         ks, k = trajectories.augment(ks, draws)[job.share], k[job.share]
         x, y, rows = store.batch(part)
-        states = tuple(z.to(device, torch.float32) for z in store.states(rows, ks))
-        early = losses.early(K, k).to(device)
+        states = tuple(moved(job, z).float() for z in store.states(rows, ks))
+        x, y, k, early = (moved(job, v) for v in (x, y, k, losses.early(K, k)))
         past, _ = draw_past(student.memory, random)
-        yield losses.TrajectoryBatch(x.to(device), y.to(device), k.to(device), states, early, past)
+        yield losses.TrajectoryBatch(x, y, k, states, early, past)
 
 
 def draw_past(memory: int, random: torch.Generator) -> tuple[int, float]:

@@ -39,7 +39,7 @@ from anderson import anderson
 from checkpoint import UsageError, atomic, fingerprint
 from config import DTYPES
 from models import Equilibrium
-from runs import Job, say, state_shape
+from runs import Job, moved, say, state_shape
 from tasks import Split, positions
 
 Solve = Callable[[Tensor], Tensor]  # x (B, ...) -> states (n, B, ...), the last one z_K
@@ -91,7 +91,7 @@ def make_store(job: Job, teacher: Equilibrium, ends: bool) -> "Memory":
     say(job, message)
 
     def solve(x: Tensor) -> Tensor:
-        x = x.to(job.device)
+        x = moved(job, x)
         with torch.autocast(job.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             return sample(teacher, x, config.K, ends, m=config.m)
 

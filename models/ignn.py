@@ -186,8 +186,9 @@ class GraphCell(Cell):
 
     def linear(self, z: Tensor, u: Tensor) -> Tensor:
         """A z W^T + u."""
-        if not torch.is_grad_enabled() and not z[:, 0].any() and not z.any():
-            return u.clone()  # z_0 = 0 has nothing to propagate: every solver's first evaluation
+        # z_0 = 0 has nothing to propagate. The question would make the host wait for a GPU.
+        if z.is_cpu and not torch.is_grad_enabled() and not z[:, 0].any() and not z.any():
+            return u.clone()
         Az = self.graph.product(z)
         return torch.addmm(u.flatten(0, 1), Az.flatten(0, 1), self.W.T).view_as(z)
 

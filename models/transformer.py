@@ -71,12 +71,26 @@ class AdaptiveEmbedding(nn.Module):
         """Words (...) to vectors (..., d), scaled by sqrt(d)."""
         d = self.projections[0].out_features
         vectors = self.words[0].weight.new_zeros(x.numel(), d)
-        parts = zip(self.bounds, self.words, self.projections, strict=True)
-        for (start, end), words, project in parts:
-            here = ((x.flatten() >= start) & (x.flatten() < end)).nonzero()[:, 0]
+        places = members(cluster_of(x.flatten(), self.bounds), len(self.bounds))
+        parts = zip(self.bounds, self.words, self.projections, places, strict=True)
+        for (start, _), words, project, here in parts:
             found = project(words(x.flatten()[here] - start)).to(vectors.dtype)
             vectors = vectors.index_copy(0, here, found)
         return vectors.view(*x.shape, d) * d**0.5
+
+
+def cluster_of(x: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """The cluster of each word, x (N,): (N,)."""
+    return sum(((x >= start).long() for start, _ in bounds[1:]), torch.zeros_like(x))
+
+
+def members(cluster: Tensor, n: int) -> list[Tensor]:
+    """Where the words of clusters 0 .. n - 1 are, in order. The host waits once for the device: the
+    numbers of words are the sizes of what follows. With a single cluster it need not."""
+    if n == 1:
+        return [torch.arange(len(cluster), device=cluster.device)]
+    counts = torch.stack([(cluster == i).sum() for i in range(n)]).tolist()
+    return list(cluster.argsort(stable=True).split(counts))
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -105,12 +119,13 @@ class AdaptiveSoftmax(nn.Module):
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
         """-log p(y | z), nats, fp32, in token order: z (N, d), y (N,) -> (N,)."""
-        rare = torch.bucketize(y, y.new_tensor([end for _, end in self.bounds[:-1]]), right=True)
+        rare = cluster_of(y, self.bounds)
         entry = torch.where(rare == 0, y, self.bounds[0][1] + len(self.bounds) - 1 - rare)
         losses = F.cross_entropy(self.logits(z, 0), entry, reduction="none")
-        for i, (start, _) in enumerate(self.bounds[1:], 1):
-            here = (rare == i).nonzero()[:, 0]
-            tail = F.cross_entropy(self.logits(z[here], i), y[here] - start, reduction="none")
+        places = members(rare, len(self.bounds))
+        for i, here in enumerate(places[1:], 1):
+            rest = y[here] - self.bounds[i][0]
+            tail = F.cross_entropy(self.logits(z[here], i), rest, reduction="none")
             losses = losses.index_add(0, here, tail)
         return losses
 
@@ -262,10 +277,11 @@ class DEQTransformer(Equilibrium):
         return self.softmax.log_probabilities(self.drop(z))
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        labelled = y >= 0
-        losses = self.softmax.nll(self.drop(z)[labelled], y[labelled])
-        total = losses.new_zeros(len(y)).index_add(0, labelled.nonzero()[:, 0], losses)
-        return total / labels(y).clamp(min=1)
+        # Of all positions, labelled or not: to pick some, the host would wait for their number.
+        losses = self.softmax.nll(self.drop(z).flatten(0, 1), y.flatten().clamp(min=0))
+        losses = losses.where(y.flatten() >= 0, 0.0)
+        rows = torch.arange(len(y), device=y.device).repeat_interleave(y.shape[1])
+        return losses.new_zeros(len(y)).index_add(0, rows, losses) / labels(y).clamp(min=1)
 
     @torch.no_grad()
     def project(self) -> None:
