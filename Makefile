@@ -2,10 +2,11 @@
 # make test   environment, then the tests
 # make test-fast   the mathematics alone, in a minute
 # make tables environment, then the tables of every embedded task: images, a graph, a text
+# make gpu    environment, then speed and memory on a GPU, into results/speed-cuda.json
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast tables lint clean
+.PHONY: demo test test-fast tables gpu lint clean
 
 .venv/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +21,9 @@ tables: .venv/.ready
 	$(BIN)/python -m evidence.compare --task digits --seeds 0 --results runs/tables
 	$(BIN)/python -m evidence.compare --task digits-graph --seeds 0 --results runs/tables
 	$(BIN)/python -m evidence.compare --task docstrings --seeds 0 --results runs/tables
+
+gpu: .venv/.ready
+	$(BIN)/python -m evidence.gpu
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

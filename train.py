@@ -42,7 +42,6 @@ from runs import (
     build_student,
     generator,
     log,
-    moved,
     read_checkpoint,
     samples,
     say,
@@ -245,7 +244,7 @@ def teacher_batches(job: Job, state: torch.Size, parts: range) -> Iterator[losse
         steps, layers = depth(config, part // config.accumulate)
         chance = torch.rand((), generator=random)
         if steps and config.jac_weight > 0 and chance < JACOBIAN_SHARE:
-            probe = moved(job, torch.randn(job.part, *state, generator=random)[job.share])
+            probe = runs.moved(job, torch.randn(job.part, *state, generator=random)[job.share])
         yield losses.TeacherBatch(x, y, steps, layers, probe)
 
 
@@ -326,10 +325,10 @@ def own_run_batches(
     for part in parts:
         random = generator(job, "student", part)
         x, _, rows = store.batch(part)
-        z_K = moved(job, store.ends(rows)).float()  # half the bytes travel, if they are bf16
+        z_K = runs.moved(job, store.ends(rows)).float()  # half the bytes travel, if they are bf16
         times = draw_run(job, student, random)
         past, chance = draw_past(student.memory, random)
-        yield losses.OwnRunBatch(moved(job, x), z_K, times, past, chance < OWN_MEMORY)
+        yield losses.OwnRunBatch(runs.moved(job, x), z_K, times, past, chance < OWN_MEMORY)
 
 
 def draw_run(job: Job, student: Student, random: torch.Generator) -> list[float]:
@@ -353,8 +352,8 @@ def trajectory_batches(
         ks = torch.stack([k - 2, k - 1, k, torch.full_like(k, K)], dim=1).clamp(min=0)
         ks, k = trajectories.augment(ks, draws)[job.share], k[job.share]
         x, y, rows = store.batch(part)
-        states = tuple(moved(job, z).float() for z in store.states(rows, ks))
-        x, y, k, early = (moved(job, v) for v in (x, y, k, losses.early(K, k)))
+        states = tuple(runs.moved(job, z).float() for z in store.states(rows, ks))
+        x, y, k, early = (runs.moved(job, v) for v in (x, y, k, losses.early(K, k)))
         past, _ = draw_past(student.memory, random)
         yield losses.TrajectoryBatch(x, y, k, states, early, past)
 

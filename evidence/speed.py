@@ -39,14 +39,18 @@ from infer import cdeq
 from models import Equilibrium
 from student import Student
 
+CPU = torch.device("cpu")
 
-def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> dict:
+
+def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5, device=CPU) -> dict:
     """Seconds per step without f of our Anderson and torchdeq's, m = 6, side by side."""
     from torchdeq.solver.anderson import anderson_solver
 
-    buffers = [torch.randn(shape) for _ in range(3)]  # an f that costs nothing: ready-made answers
+    buffers = [
+        torch.randn(shape, device=device) for _ in range(3)
+    ]  # an f that costs nothing: ready-made answers
     calls = Counter(lambda z: buffers[calls.nfe % 3])
-    z0 = torch.zeros(shape)
+    z0 = torch.zeros(shape, device=device)
     jobs = {
         "ours": lambda: anderson(calls, z0, K, m=6, last=True),
         "torchdeq": lambda: anderson_solver(calls, z0, max_iter=K, m=6, tol=0.0, return_final=True),
@@ -58,13 +62,15 @@ def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5) -> di
         "shape": list(shape),
         "seconds_per_step": per_step,
         "ratio": per_step["ours"] / per_step["torchdeq"],
-        "passes_floor_seconds": 19 * copy_seconds(shape) / 2,  # 2m + 7 passes; a copy makes two
+        "passes_floor_seconds": 19
+        * copy_seconds(shape, device)
+        / 2,  # 2m + 7 passes; a copy makes two
     }
 
 
-def copy_seconds(shape: tuple[int, int], repeats: int = 5) -> float:
+def copy_seconds(shape: tuple[int, int], device=CPU, repeats: int = 5) -> float:
     """Seconds to copy one state: one read and one write of it."""
-    a, b = torch.randn(shape), torch.empty(shape)
+    a, b = torch.randn(shape, device=device), torch.empty(shape, device=device)
     return statistics.median(interleaved({"": lambda: b.copy_(a)}, repeats, a.device)[""])
 
 
@@ -79,11 +85,11 @@ def window_memory(m: int = 6, n: int = 8_000_000) -> float:
 
 def untrained(net: Equilibrium) -> Student:
     """A student as it starts; its speed is that of a trained one."""
-    return Student(net, TimeMap(rho=0.19, K=20)).eval()
+    return Student(net, TimeMap(rho=0.19, K=20)).eval().to(next(net.parameters()))
 
 
 @torch.no_grad()
-def student_overhead(net: Equilibrium, x: Tensor, repeats: int) -> list[dict]:
+def student_overhead(net: Equilibrium, x: Tensor, repeats: int, nfes=(1, 2, 8)) -> list[dict]:
     """J-step inference against J bare evaluations of f: the ratio of their seconds."""
     student = untrained(net)
     u = net.inject(x)
@@ -97,7 +103,7 @@ def student_overhead(net: Equilibrium, x: Tensor, repeats: int) -> list[dict]:
         return z
 
     rows = []
-    for J in (1, 2, 8):
+    for J in nfes:
         jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
         warmup = 1 + min(100, repeats // 8) // J
         spent = interleaved(jobs, max(5, repeats // J), z0.device, warmup=warmup)
@@ -114,9 +120,9 @@ def digits_step() -> list[dict]:
     return student_overhead(net, task.train.batch(torch.arange(128))[0], 800)
 
 
-def example(preset: str, batch: int) -> tuple[Equilibrium, Tensor, int]:
-    """An untrained network with an input, images of its preset's size or 150 words of WikiText-2's
-    vocabulary; and FLOPs of one f on that input."""
+def example(preset: str, batch: int, words: int = 33_278) -> tuple[Equilibrium, Tensor, int]:
+    """An untrained network with an input, images of its preset's size or 150 words of a vocabulary
+    as large as WikiText-2's; and FLOPs of one f on that input."""
     from models import mdeq, transformer
 
     torch.manual_seed(0)
@@ -124,7 +130,6 @@ def example(preset: str, batch: int) -> tuple[Equilibrium, Tensor, int]:
         sizes = mdeq.PRESETS[preset]
         net, x = mdeq.MDEQ(**sizes), torch.randn(batch, *sizes["image"])
     else:
-        words = 33_278
         net = transformer.DEQTransformer(words, **transformer.PRESETS[preset])
         x = torch.randint(words, (batch, 150))
     u = net.eval().inject(x)
@@ -183,13 +188,14 @@ def fresh(code: str) -> str:
 
 
 @torch.no_grad()
-def graph_step(graph, d: int, repeats: int = 5) -> dict:
+def graph_step(graph, d: int, repeats: int = 5, device=CPU, dtype=torch.float32) -> dict:
     """Seconds of IGNN's f at width d, its floor (the bare sparse and the bare dense product, each
     alone) and Anderson's share of a step."""
     from models.ignn import GraphCell
 
-    cell, (A, _) = GraphCell(graph, d, 0.95), graph.matrices(torch.device("cpu"))
-    z, u, W = torch.randn(1, graph.N, d), torch.randn(1, graph.N, d), cell.W.detach()
+    cell, (A, _) = GraphCell(graph, d, 0.95).to(device, dtype), graph.matrices(device)
+    z, u = torch.randn(2, 1, graph.N, d, device=device, dtype=dtype)
+    W = cell.W.detach()
     jobs = {
         "f": lambda: cell(z, u),
         "sparse": lambda: A @ z[0],
@@ -250,20 +256,18 @@ def scaling_figure(rows: list[dict], path: Path) -> None:
     save(canvas, path)
 
 
-def solver_overheads() -> list[dict] | None:
+def solver_overheads(shapes=((32, 188_160), (1, 21_700_000)), **where) -> list[dict] | None:
     """`solver_overhead` on the states of an MDEQ and of a graph; None without torchdeq."""
     if importlib.util.find_spec("torchdeq") is None:
         print('torchdeq is missing (pip install ".[peers]"): not compared', file=sys.stderr)
         return None
-    return [solver_overhead(shape) for shape in ((32, 188_160), (1, 21_700_000))]
+    return [solver_overhead(shape, **where) for shape in shapes]
 
 
 def window() -> dict:
     """`window_memory` in a process of its own."""
-    return {
-        "m": 6,
-        "states": float(fresh("from evidence import speed; print(speed.window_memory())")),
-    }
+    code = "from evidence import speed; print(speed.window_memory())"
+    return {"m": 6, "states": float(fresh(code))}
 
 
 # What is measured, in this order; each a part of the JSON.

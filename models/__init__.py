@@ -6,6 +6,7 @@ is the representation, and a task head. Nothing outside models/ knows more than 
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +58,12 @@ class Cell(nn.Module):
     def join(self, features: list[Tensor]) -> Tensor:
         """The inverse of `features`."""
         return features[0]
+
+    def compile(self, *args, **options) -> None:
+        """nn.Module.compile, with room for more variants. All cells of a process share forward's:
+        a teacher's and a student's, with and without gradient, memory and cached weights."""
+        torch._dynamo.config.recompile_limit = 64
+        super().compile(*args, **options)
 
 
 class Equilibrium(nn.Module):
