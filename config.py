@@ -104,7 +104,7 @@ class Config:
         ">= 0 and <= 1",
     )
     rollout_max: int = opt(
-        STUDENT, 4, "Most steps of the student's own run in training; 1 to this many.", ">= 1"
+        STUDENT, 4, "Most steps after the first of the student's own run in training.", ">= 1"
     )
     own_injection: bool = opt(STUDENT, True, "The student trains an injection of its own.")
     start: bool = opt(STUDENT, True, "The student learns a guess in place of z_0.")
