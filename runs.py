@@ -279,3 +279,19 @@ def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=
             students[name] = (student.to(place).eval().requires_grad_(False), saved["decay"])
             config = config | {"K": saved["config"]["K"]}
     return Run(folder, task, config, teacher, students, place)
+
+
+def reopened(job: Job, names=None) -> Run:
+    """The run's networks from its folder, read with the settings of this start."""
+    now = {key: getattr(job.config, key) for key in ("data", "unreadable", "workers")}
+    return open_run(job.folder, now, job.device.type, names)
+
+
+def finished(path: Path, kind: str, config: Config) -> bool:
+    """Whether the checkpoint of a teacher or a student is there and complete."""
+    if not path.exists():
+        return False
+    saved = load(path, kind)
+    if kind == "teacher":
+        return saved["step"] >= config.teacher_steps
+    return "decay" in saved

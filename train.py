@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     if config.stage in ("all", "evaluate"):
         from evidence.measure import report  # measuring is no part of the method
 
-        report(reopened(job))
+        report(runs.reopened(job))
     runs.leave()
 
 
@@ -180,7 +180,7 @@ def diverged(stage: Stage, what: str, step: int) -> UsageError:
 def train_teacher(job: Job) -> Equilibrium:
     """The DEQ itself, trained or taken over; returns the finished teacher, frozen."""
     config, task, path = job.config, job.task, job.folder / "teacher.pt"
-    if config.stage in ("student", "evaluate") and not finished(path, "teacher", config):
+    if config.stage in ("student", "evaluate") and not runs.finished(path, "teacher", config):
         raise UsageError(
             f"--stage {config.stage}: {job.folder} has no finished teacher; train it first"
         )
@@ -188,7 +188,7 @@ def train_teacher(job: Job) -> Equilibrium:
     net = task.network(dataclasses.asdict(config)).to(job.device)
     if config.teacher:
         take_over(job, net, path)
-    if not finished(path, "teacher", config):
+    if not runs.finished(path, "teacher", config):
         fit(job, teacher_stage(job, net, path))
     saved = read_checkpoint(job, path, "teacher")
     net = task.network(dataclasses.asdict(config))
@@ -266,7 +266,7 @@ def depth(config: Config, step: int) -> tuple[int, int]:
 def train_student(job: Job, teacher: Equilibrium) -> None:
     """A student by either recipe; `pick_decay` finishes it."""
     config, path = job.config, runs.student_path(job.folder, job.config.name)
-    if finished(path, "student", config):
+    if runs.finished(path, "student", config):
         runs.same_teacher(path, read_checkpoint(job, path, "student"), teacher)
         return
     paper, started = config.recipe == "paper", time.perf_counter()
@@ -370,9 +370,9 @@ def draw_past(memory: int, random: torch.Generator) -> tuple[int, float]:
 def pick_decay(job: Job) -> None:
     """Chooses the schedule's base on the validation split; the student is finished with it."""
     path = runs.student_path(job.folder, job.config.name)
-    if finished(path, "student", job.config):
+    if runs.finished(path, "student", job.config):
         return
-    saved, run = load(path, "student"), reopened(job, ())
+    saved, run = load(path, "student"), runs.reopened(job, ())
     run.config |= {"K": saved["config"]["K"]}
     student = build_student(run.teacher, saved["config"], saved["rho"])
     student.load_state_dict(saved["ema"])
@@ -384,22 +384,6 @@ def pick_decay(job: Job) -> None:
     more = {key: saved[key] for key in ("model", "ema", "optimizer", "rho", "teacher")}
     write_checkpoint(job, path, "student", step=saved["step"], decay=decay, **more)
     barrier(job)
-
-
-def reopened(job: Job, names=None) -> runs.Run:
-    """The run's networks from its folder, read with the settings of this start."""
-    now = {key: getattr(job.config, key) for key in ("data", "unreadable", "workers")}
-    return runs.open_run(job.folder, now, job.device.type, names)
-
-
-def finished(path: Path, kind: str, config: Config) -> bool:
-    """Whether the checkpoint of a teacher or a student is there and complete."""
-    if not path.exists():
-        return False
-    saved = load(path, kind)
-    if kind == "teacher":
-        return saved["step"] >= config.teacher_steps
-    return "decay" in saved
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def learned_solver(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:
 
 def train_learned(job: Job, kind: str) -> None:
     config, path = job.config, job.folder / f"{kind}.pt"
-    if not train.finished(job.folder / "teacher.pt", "teacher", config):
+    if not runs.finished(job.folder / "teacher.pt", "teacher", config):
         raise UsageError(f"{kind}: {job.folder} has no finished teacher; train it first")
     teacher, saved = train.train_teacher(job), read_checkpoint(job, path, kind)
     if saved and saved["step"] >= config.student_steps:
