@@ -279,23 +279,20 @@ def train_student(job: Job, teacher: Equilibrium) -> None:
     for name, p in student.named_parameters():
         (of_start if name.startswith("start.") else own).append(p)
     groups = [dict(params=own, lr=config.student_lr), dict(params=of_start, lr=START_LR)]
-    fit(
-        job,
-        Stage(
-            kind="student",
-            path=path,
-            net=student,
-            loss=losses.Distillation(teacher, student, ema)
-            if paper
-            else losses.OwnRun(teacher, student),
-            weights=losses.weights(config.recipe, config.lam1, config.lam2, config.kl),
-            batches=partial(trajectory_batches if paper else own_run_batches, job, store, student),
-            optimizer=torch.optim.AdamW(groups, weight_decay=0.0),
-            steps=config.student_steps,
-            ema=ema,
-            extra=dict(rho=rho, teacher=fingerprint(teacher)),
-        ),
+    loss = losses.Distillation(teacher, student, ema) if paper else losses.OwnRun(teacher, student)
+    stage = Stage(
+        kind="student",
+        path=path,
+        net=student,
+        loss=loss,
+        weights=losses.weights(config.recipe, config.lam1, config.lam2, config.kl),
+        batches=partial(trajectory_batches if paper else own_run_batches, job, store, student),
+        optimizer=torch.optim.AdamW(groups, weight_decay=0.0),
+        steps=config.student_steps,
+        ema=ema,
+        extra=dict(rho=rho, teacher=fingerprint(teacher)),
     )
+    fit(job, stage)
     if isinstance(store, trajectories.Rolling):
         share = store.seconds / (time.perf_counter() - started)
         say(job, f"the teacher's solves took {share:.0%} of the time")
