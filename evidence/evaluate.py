@@ -56,10 +56,8 @@ def evaluate(
                 u = net.inject(x, before)
                 star = equilibrium(run, net.initial(u), u)
             for name, method in methods.items():
-                if own:
-                    states = own_states(method, x, pasts[name])
-                else:
-                    states = states_of(method, x, pasts[name], star)
+                past = method, x, pasts[name]
+                states = own_states(*past) if own else states_of(*past, star)
                 for nfe, z in zip(nfes, states, strict=True):
                     tallies[name, nfe].add(measures(run, z, u, star, y), y, units)
                 del states, z  # gigabytes on a graph: not beside the next method's
