@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import UsageError
-from tasks import Task, graphs, images, text
+from tasks import Task, chains, graphs, images, text
 
-TASKS = images.TASKS | graphs.TASKS | text.TASKS
+TASKS = images.TASKS | graphs.TASKS | chains.TASKS | text.TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = ("all", "teacher", "student", "evaluate")

@@ -30,7 +30,7 @@ from evidence.methods import methods
 from evidence.rivals import Rivals, open_rivals
 from evidence.tables import LAM1, LAM2, write
 from runs import Run
-from tasks import Task, graphs, text
+from tasks import Task, chains, graphs, text
 
 ROOT = Path(__file__).parents[1]
 # Each ingredient of the default recipe removed in turn.
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
 
 def wanted_parts(args) -> list[str]:
     """The parts of the results that a command line asks for; UsageError where there is no such."""
-    own = 1 if args.task in text.TASKS else 3 if args.task in graphs.TASKS else 2
+    own = 1 if args.task in text.TASKS else 3 if args.task in graphs.TASKS | chains.TASKS else 2
     for flag, numbers, known in (
         ("--tables", args.tables, {number: TABLES[number] for number in (own, 4, 5)}),
         ("--figures", args.figures, FIGURES),

@@ -9,7 +9,9 @@ what was not measured stays empty.
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint import UsageError, atomic, plain_errors
@@ -27,7 +29,9 @@ TITLES = {
 
 
 def markdown(result: dict) -> str:
-    """The report as tables: a row per method, a column per NFE."""
+    """The report as tables: a row per method, a column per NFE; of a study, its own."""
+    if "study" in result:
+        return study(result)
     teacher, seeds = result["teacher"], ", ".join(map(str, result["seeds"]))
     implicit = [row for row in result["rows"] if row["nfe"]]
     nfes = sorted({row["nfe"] for row in implicit})
@@ -57,6 +61,26 @@ def markdown(result: dict) -> str:
     lines += table(title, ["method", "parameters", *map(str, nfes)], rows)
     lines += teacher_lines(result) + equal_lines(result)
     return "\n".join(lines + explicit_lines(result) + grid_lines(result)) + "\n"
+
+
+def study(result: dict) -> str:
+    """The tables of a study: a row per method, a column per setting, each cell a value by seed."""
+    seeds = ", ".join(map(str, result["seeds"]))
+    lines = [f"# {result['study']}", "", f"Seeds {seeds}; {result['device']}."]
+    lines.append(f"`{result['command']}` at commit {result['commit'][:12]}.")
+
+    def cell(values: list[float], digits: int) -> str:
+        if not values:
+            return ""
+        std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{std}"
+
+    for part in result["parts"]:
+        digits = part["digits"]
+        rows = [[name, *(cell(values, digits) for values in part["cells"][name])]
+                for name in part["cells"]]  # fmt: skip
+        lines += table(part["title"], ["method", *part["columns"]], rows)
+    return "\n".join(lines) + "\n"
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
@@ -190,13 +214,13 @@ def grid_lines(result: dict) -> list[str]:
     return table(f"{result['metric']} at NFE {most} by loss weights", ["lam2 \\ lam1", *LAM1], rows)
 
 
-def write(result: dict, stem: Path) -> str:
-    """STEM.json, STEM.md and STEM.png; returns the Markdown."""
+def write(result: dict, stem: Path, draw: Callable[[dict, Path], None] = figure) -> str:
+    """STEM.json, STEM.md and STEM.png, drawn by `draw`; returns the Markdown."""
     text = markdown(result)
     for suffix, contents in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
         with atomic(stem.with_suffix(suffix)) as file:
             file.write(contents.encode())
-    figure(result, stem.with_suffix(".png"))
+    draw(result, stem.with_suffix(".png"))
     return text
 
 
@@ -272,7 +296,7 @@ def main(argv: list[str]) -> None:
     here = ROOT
     for path in sorted((here / "results").glob("*.json")):
         result = read(path)
-        if "rows" in result:
+        if result.keys() & {"rows", "study"}:
             path.with_suffix(".md").write_text(markdown(result))
     for page in (here / "README.md", here / "RESULTS.md"):
         page.write_text(filled(page.read_text(), here / "results"))

@@ -19,13 +19,13 @@ Departs from the references: the encoder is a small perceptron where IGNN has on
 iterated, for its closed form needs the dense eigenvectors of A.
 """
 
-import warnings
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models import Cell, Equilibrium
+from models.graph import Graph
 
 PRESETS = {
     "ignn": dict(kind="ignn"),
@@ -33,78 +33,6 @@ PRESETS = {
     "eignn": dict(kind="eignn"),
     "mignn": dict(kind="mignn"),
 }
-
-
-class Graph:
-    """The normalised adjacency of an undirected graph as sparse rows, shared and never copied.
-
-    edge_index (2, E): both directions of every edge are made; loops and repetitions do not matter.
-    norm: "sym" or "row". Products with A go through `product`, whose gradient is a product with
-    A^T in the same sparse form.
-    """
-
-    def __init__(self, edge_index: Tensor, N: int, norm: str = "sym", dtype=torch.float32):
-        loops = torch.arange(N)
-        source, target = edge_index.long()
-        keys = torch.cat([target * N + source, source * N + target, loops * N + loops]).unique()
-        rows, columns = keys.div(N, rounding_mode="floor"), keys % N
-        counts = torch.bincount(rows, minlength=N)
-        degree = counts.to(dtype)
-        pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        self.N, self.norm, self.edges = N, norm, len(keys)
-
-        def csr(values: Tensor) -> Tensor:
-            index = (pointers.int(), columns.int())  # int32 halves the bytes and is what MKL reads
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                return torch.sparse_csr_tensor(*index, values, (N, N), check_invariants=False)
-
-        if norm == "sym":
-            A = csr(degree[rows].rsqrt() * degree[columns].rsqrt())
-            pair = (A, A)
-        else:
-            pair = (csr(1 / degree[rows]), csr(1 / degree[columns]))  # the pattern is symmetric
-        self._on = {torch.device("cpu"): pair}
-
-    def __deepcopy__(self, memo) -> "Graph":
-        return self
-
-    def matrices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A and A^T on a device, moved there once."""
-        if device not in self._on:
-            self._on[device] = tuple(M.to(device) for M in self._on[torch.device("cpu")])
-        return self._on[device]
-
-    def edge_index(self, device: torch.device) -> Tensor:
-        """(source, target) of every edge, self-loops included: (2, E)."""
-        A, _ = self.matrices(device)
-        target = torch.repeat_interleave(A.crow_indices().diff())
-        return torch.stack([A.col_indices(), target]).long()
-
-    def product(self, z: Tensor) -> Tensor:
-        """A z, for every graph of a batch: (N, d) or (B, N, d), the same shape."""
-        A, A_t = self.matrices(z.device)
-        return Product.apply(z.to(A.dtype), A, A_t)
-
-
-class Product(torch.autograd.Function):
-    """A z with the gradient A^T g: autograd alone would transpose the sparse matrix every time."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, A: Tensor, A_t: Tensor) -> Tensor:
-        ctx.pair = A, A_t
-        return _each(A, z)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        A, A_t = ctx.pair
-        return Product.apply(g.contiguous(), A_t, A), None, None
-
-
-def _each(A: Tensor, z: Tensor) -> Tensor:
-    if z.dim() == 2:
-        return A @ z
-    return (A @ z[0])[None] if len(z) == 1 else torch.stack([A @ v for v in z])
 
 
 def project_rows(W: Tensor, radius: float) -> Tensor:
@@ -166,12 +94,33 @@ class GraphStart(nn.Module):
         return [torch.addcmul(self.out(self.wide(u).relu()), u, self.scale)]
 
 
-class GraphCell(Cell):
-    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d)."""
+class FarStart(GraphStart):
+    """The same, with jumps of 1, 2, 4, .. hops between the two narrow maps, each a sparse product
+    of these few channels: the guess sees all nodes within their sum.
 
-    def __init__(self, graph: Graph, d: int, kappa: float):
+    Blank nodes stay blank before the jumps: there is no bias to drown what comes from afar.
+    """
+
+    def __init__(self, d: int, jumps: list[Graph]):
+        super().__init__(d)
+        self.wide = nn.Linear(d, self.out.in_features, bias=False)
+        self.scales = nn.Parameter(torch.ones(len(jumps), self.out.in_features))
+        self.jumps = jumps
+
+    def forward(self, u: Tensor) -> list[Tensor]:
+        y = self.wide(u).relu()
+        for jump, scale in zip(self.jumps, self.scales, strict=True):
+            y = torch.addcmul(y, jump.product(y), scale)
+        return [torch.addcmul(self.out(y), u, self.scale)]
+
+
+class GraphCell(Cell):
+    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d). far: jumps that the
+    start makes, which costs far more than a start may elsewhere."""
+
+    def __init__(self, graph: Graph, d: int, kappa: float, far: int = 0):
         super().__init__()
-        self.graph, self.kappa, self.channels = graph, kappa, (d,)
+        self.graph, self.kappa, self.channels, self.far = graph, kappa, (d,), far
         # Near a multiple of I: propagation itself, so that depth counts from the first update.
         self.W = nn.Parameter(0.9 * torch.eye(d) + torch.randn(d, d) * 0.1 / d)
         self.project()
@@ -182,6 +131,8 @@ class GraphCell(Cell):
             self.W.copy_(project_rows(self.W, self.kappa))
 
     def start(self) -> GraphStart:
+        if self.far:
+            return FarStart(*self.channels, self.graph.jumps(self.far))
         return GraphStart(*self.channels)
 
     def linear(self, z: Tensor, u: Tensor) -> Tensor:
@@ -199,8 +150,8 @@ class GraphCell(Cell):
 class LinearCell(GraphCell):
     """f of EIGNN: no nonlinearity."""
 
-    def __init__(self, graph: Graph, d: int, kappa: float):
-        super().__init__(graph, d, kappa)
+    def __init__(self, graph: Graph, d: int, kappa: float, **options):
+        super().__init__(graph, d, kappa, **options)
         parametrize.register_parametrization(self, "W", Gram(kappa))
 
     def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
@@ -208,12 +159,15 @@ class LinearCell(GraphCell):
 
 
 class MonotoneCell(GraphCell):
-    """f of MIGNN: one forward-backward step of length a."""
+    """f of MIGNN: one forward-backward step of length a. std: of the free matrix, at first; W is
+    near a diagonal matrix where it is small."""
 
-    def __init__(self, graph: Graph, d: int, kappa: float, a: float = 0.9):
-        super().__init__(graph, d, kappa)
+    def __init__(
+        self, graph: Graph, d: int, kappa: float, a: float = 0.9, std: float = 0.0, **options
+    ):
+        super().__init__(graph, d, kappa, **options)
         self.a = a
-        nn.init.normal_(self.W, std=d**-0.5)
+        nn.init.normal_(self.W, std=std or d**-0.5)
         parametrize.register_parametrization(self, "W", Cayley(d, kappa))
 
     def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
@@ -227,16 +181,25 @@ CELLS = {
 }
 
 
+class Direction(nn.Module):
+    """Each node's state divided by its L1 norm; the squares of an L2 norm underflow far from all
+    that is known. floor: a smaller norm counts as this. It bounds the gradient at an empty state,
+    and the loss asks for states that are larger."""
+
+    def __init__(self, floor: float = 1e-6):
+        super().__init__()
+        self.floor = floor
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.normalize(z, p=1, dim=-1, eps=self.floor)
+
+
 class Injection(nn.Module):
     """(1, N, p) -> u = A encoder(x), (1, N, d)."""
 
-    def __init__(self, graph: Graph, p: int, hidden: int, d: int, dropout: float):
+    def __init__(self, graph: Graph, encoder: nn.Module):
         super().__init__()
-        self.graph = graph
-        self.encoder = nn.Sequential(
-            *(nn.Dropout(dropout), nn.Linear(p, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
-            *(nn.Dropout(dropout), nn.Linear(hidden, d)),
-        )
+        self.graph, self.encoder = graph, encoder
 
     def forward(self, x: Tensor) -> Tensor:
         return self.graph.product(self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
@@ -246,7 +209,10 @@ class IGNN(Equilibrium):
     """Encoder, one of the cells above, and a linear head for node classification.
 
     features, classes: sizes of x and of the logits. width: d. hidden: width of the encoder's one
-    hidden layer. dropout: in encoder and head, in training only.
+    hidden layer. dropout: in encoder and head, in training only. plain: the references' own form,
+    one matrix in place of the encoder and a head on the direction of each node's state, neither
+    with a bias, so that a node without features has no state but what its neighbours have. cell:
+    options of the cell.
     Raises ValueError where kappa is outside (0, 1).
     """
 
@@ -260,14 +226,21 @@ class IGNN(Equilibrium):
         hidden: int = 256,
         kappa: float = 0.95,
         dropout: float = 0.5,
+        plain: bool = False,
+        cell: dict = {},  # noqa: B006 - never changed
     ):
         super().__init__()
         if not 0 < kappa < 1:
             raise ValueError(f"kappa must be in (0, 1), got {kappa}")
-        self.cell = CELLS[kind](graph, width, kappa)
-        self.injection = Injection(graph, features, hidden, width, dropout)
+        self.cell = CELLS[kind](graph, width, kappa, **cell)
+        encoder = nn.Linear(features, width, bias=False) if plain else nn.Sequential(
+            *(nn.Dropout(dropout), nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
+            *(nn.Dropout(dropout), nn.Linear(hidden, width)),
+        )  # fmt: skip
+        self.injection = Injection(graph, encoder)
+        scale = Direction() if plain else nn.BatchNorm1d(width)
         self.readout = nn.Sequential(
-            nn.BatchNorm1d(width), nn.Dropout(dropout), nn.Linear(width, classes)
+            scale, nn.Dropout(dropout), nn.Linear(width, classes, bias=not plain)
         )
 
     def initial(self, u: Tensor) -> Tensor:

@@ -50,11 +50,13 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 class Networks:
     """The networks that fit a graph, from checked data. sizes: width and hidden of the implicit
-    ones; presets: what is particular to each of these."""
+    ones; presets: what is particular to each of these; norm: of A where a preset names none."""
 
-    def __init__(self, data: dict[str, Tensor], classes: int, sizes: dict, presets: dict):
+    def __init__(
+        self, data: dict[str, Tensor], classes: int, sizes: dict, presets: dict, norm: str
+    ):
         self.edges, self.nodes, self.features = data["edge_index"], *data["x"].shape
-        self.classes, self.sizes, self.presets = classes, sizes, presets
+        self.classes, self.sizes, self.presets, self.norm = classes, sizes, presets, norm
 
     @functools.cache  # noqa: B019 - one graph for all networks of a process
     def adjacency(self, norm: str) -> Graph:
@@ -64,14 +66,14 @@ class Networks:
         chosen = self.sizes | self.presets[settings["preset"]]
         chosen |= {key: settings[key] for key in ("width", "hidden") if settings[key]}
         chosen |= {key: settings[key] for key in ("kappa", "dropout")}
-        adjacency = self.adjacency(chosen.pop("norm", "sym"))
+        adjacency = self.adjacency(chosen.pop("norm", self.norm))
         return IGNN(adjacency, self.features, self.classes, **chosen)
 
     def explicit(self, name: str, settings: dict) -> nn.Module:
         if name not in EXPLICIT:
             allowed = " | ".join(f"explicit-{known}" for known in EXPLICIT)
             raise UsageError(f"explicit-{name}: allowed is {allowed}")
-        return EXPLICIT[name](self.adjacency("sym"), self.features, self.classes)
+        return EXPLICIT[name](self.adjacency(self.norm), self.features, self.classes)
 
 
 def node_task(
@@ -82,16 +84,19 @@ def node_task(
     note: str = "",
     references: tuple[str, ...] = ("gcn", "gat", "gcnii"),
     paper: dict | None = None,
+    presets: dict = PRESETS,
+    norm: str = "sym",
 ) -> Task:
     """The task of a graph: one input, three label vectors, the networks that fit it.
 
-    sizes: width and hidden of its networks; paper: those of the preset ignn-paper, if it has one.
+    sizes: width and hidden of its networks; paper: those of the preset ignn-paper, if it has one;
+    presets and norm: as of Networks.
     """
     graph = checked(data, name)
     x, y, masks = graph["x"][None], graph["y"], graph["masks"]
     classes = int(y[masks.any(0)].max()) + 1
-    presets = PRESETS | ({} if paper is None else {"ignn-paper": dict(kind="ignn", **paper)})
-    networks = Networks(graph, classes, sizes, presets)
+    presets = presets | ({} if paper is None else {"ignn-paper": dict(kind="ignn", **paper)})
+    networks = Networks(graph, classes, sizes, presets, norm)
     few = min(200, defaults["teacher_steps"])  # OGB trains its explicit networks briefly
 
     def read(path: Path) -> Tensor:

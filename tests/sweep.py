@@ -16,7 +16,7 @@ import infer
 import runs
 from checkpoint import UsageError
 from config import Config, parse
-from evidence import compare, rivals, speed, tables
+from evidence import chains, compare, rivals, speed, tables
 
 VALUES = ("", "-1", "0", "nan", "inf", "-inf", "1e23", "1" + "0" * 23, "abc", "é\n", "../x", "1 2")
 INFER = "nfe batch decay tol max-nfe tokens temperature top-k seed student memory split data "
@@ -57,6 +57,9 @@ def comparisons(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, value in itertools.product(COMPARE, VALUES):
         flags = [f"--results={out}", f"--{name}={value}", "--finished"]
         yield " ".join(["compare", *flags]), lambda flags=flags: compare.main(flags)
+    for name, value in itertools.product(("tasks", "seeds", "results"), VALUES):
+        flags = [f"--results={out}", f"--{name}={value}", "--finished"]
+        yield " ".join(["chains", *flags]), lambda flags=flags: chains.main(flags)
 
 
 def measurements(out: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -20,7 +20,7 @@ from PIL import Image
 import config
 import tasks
 import train
-from evidence import compare, contraction, speed, tables, timing
+from evidence import chains, compare, contraction, speed, tables, timing
 from models import mdeq, transformer
 from tasks import Split, graphs, text
 
@@ -154,7 +154,7 @@ def short_measurements(patch) -> None:
     for name in ("GRID", "ABLATIONS", "TEACHERS"):
         patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
     rounds, overhead, scaling = timing.interleaved, speed.solver_overhead, speed.graph_scaling
-    for module in (timing, speed):
+    for module in (timing, speed, chains):
         once = lambda jobs, n, *device, **_: rounds(jobs, 1, *device)  # noqa: E731
         patch.setattr(module, "interleaved", once)
     example = speed.example
@@ -199,6 +199,10 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
         main([*flags, *made, "--flags", *tiny_flags(task)])
         wanted = next((parts for asked, parts in MADE.items() if asked in line), [""])
         assert all((tmp_path / f"{task}{part}.json").exists() for part in wanted)
+    elif script == "evidence.chains":
+        made = ["--tasks", "chains-10", "--results", str(tmp_path)]
+        main([*flags, *made, "--flags", *tiny_flags("digits-graph")])
+        assert (tmp_path / "chains.png").exists()
     elif script == "evidence.speed":
         main(flags)
         assert speed.PARTS.keys() < json.loads(Path("results/speed.json").read_text()).keys()

@@ -1,0 +1,195 @@
+"""The chains of tasks/chains.py: who sees how far? Test accuracy by the length of a chain.
+
+    python -m evidence.chains                                  -> results/chains.json, .md, .png
+    python -m evidence.chains --tasks chains-10 chains-20 --seeds 0 1
+
+Each run that is missing is trained first, by the commands of train.py and evidence/rivals.py; what
+is finished is not done again. A teacher of preset ignn-far is one of preset ignn, and taken over
+from there: the presets differ in the start of their students alone.
+"""
+
+import argparse
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import runs
+from checkpoint import UsageError, atomic, plain_errors, provenance, versions
+from config import command_line
+from evidence import compare, tables
+from evidence.evaluate import evaluate
+from evidence.measure import evaluate_explicit
+from evidence.methods import methods, picard_of, solved_by
+from evidence.rivals import Rivals, open_rivals
+from evidence.timing import interleaved
+from runs import Run
+from tasks import chains
+
+FAR = "ignn-far"
+# Teachers of other kinds, with the peak rate that suits them.
+OTHERS = {"eignn": ["--preset", "eignn"], "mignn": ["--preset", "mignn", "--teacher_lr", "0.005"]}
+RIVALS = ("direct-4", "explicit-gcn", "explicit-gat", "explicit-gcnii")
+FEW = (1, 4, 8)  # evaluations
+TITLES = {
+    "2": "test accuracy, %, by method and evaluations and by L, a chain's nodes; two classes",
+    "10": "test accuracy, %, the same; ten classes",
+    "seconds": "seconds from the injected input to the state, the same; two classes",
+}
+# What the figure shows of the table.
+SHOWN = {
+    "ignn by picard, 4 L": ("IGNN, equilibrium", "C0-"),
+    "eignn by picard, 4 L": ("EIGNN, equilibrium", "C2--"),
+    "mignn by picard, 4 L": ("MIGNN, equilibrium", "C4:"),
+    f"cdeq {FAR}, 1": ("C-DEQ, far start, 1 NFE", "C3-o"),
+    "cdeq, 8": ("C-DEQ, 8 NFE", "C3--s"),
+    "cdeq, 1": ("C-DEQ, 1 NFE", "C3:v"),
+    "anderson, 8": ("Anderson, 8 NFE", "C1--s"),
+    "direct, 4": ("trained directly, 4 NFE", "C5--d"),
+    "gcnii": ("GCNII, 16 layers", "C7-^"),
+    "gcn": ("GCN, 3 layers", "C8-x"),
+    "gat": ("GAT, 2 layers", "C9-+"),
+}
+
+
+def train_task(task: str, seed: int, folder: Path, flags: list[str]) -> None:
+    """Every run of one task and seed."""
+    here = ["--task", task, "--seed", str(seed), *flags]
+    at = [*here, "--out", str(folder)]
+    far = [*here, "--preset", FAR, "--teacher", f"{folder}/teacher.pt", "--out", f"{folder}-{FAR}"]
+    for where in (at, far):
+        for stage in ("teacher", "student"):
+            compare.train("train", *where, "--stage", stage)
+    for name, more in OTHERS.items():
+        compare.train("train", *here, *more, "--stage", "teacher", "--out", f"{folder}-{name}")
+    for kind in RIVALS:
+        compare.train("evidence.rivals", kind, *at)
+
+
+@torch.no_grad()
+def measure(folder: Path) -> dict[str, float]:
+    """Test accuracy of every method of one task and seed, by method and evaluations."""
+    run = runs.open_run(folder)
+    rivals, test = open_rivals(run), run.task.test
+    found = end(run, "ignn")
+    for name in OTHERS:
+        found |= end(beside(folder, name), name)
+    found |= some(run, "picard") | some(run, "anderson") | some(run, "cdeq")
+    far = some(beside(folder, FAR), "cdeq")
+    found |= {name.replace("cdeq", f"cdeq {FAR}"): value for name, value in far.items()}
+    for J, net in rivals.direct.items():
+        method = {"direct": solved_by(net, picard_of(net))}
+        (row,) = evaluate(run, method, test, (J,), converge=False)["direct"]
+        found[f"direct, {J}"] = row["value"]
+    for name, net in rivals.explicit.items():
+        found[name] = evaluate_explicit(run, net, test)["value"]
+    return found
+
+
+def beside(folder: Path, name: str) -> Run:
+    return runs.open_run(Path(f"{folder}-{name}"))
+
+
+def table(run: Run) -> dict:
+    return methods(run, Rivals({}, {}, {}))
+
+
+def some(run: Run, name: str) -> dict[str, float]:
+    """Of a method of the run, after few evaluations."""
+    rows = evaluate(run, {name: table(run)[name]}, run.task.test, FEW, converge=False)[name]
+    return {f"{name}, {row['nfe']}": row["value"] for row in rows}
+
+
+def end(run: Run, name: str) -> dict[str, float]:
+    """Of a teacher by either solver, after K evaluations and a half and a quarter of them."""
+    both, K = {key: table(run)[key] for key in ("picard", "anderson")}, run.config["K"]
+    rows = evaluate(run, both, run.task.test, (K // 4, K // 2, K), converge=False)
+    return {f"{name} by {key}, {times}": row["value"] for key, found in rows.items()
+            for times, row in zip(("L", "2 L", "4 L"), found, strict=True)}  # fmt: skip
+
+
+@torch.no_grad()
+def seconds(folder: Path) -> dict[str, float]:
+    """Medians of one evaluation of f, of both starts, and of whole answers."""
+    run, far = runs.open_run(folder), beside(folder, FAR)
+    net, K, student = run.teacher, run.config["K"], {"cdeq": run, f"cdeq {FAR}": far}
+    x, _ = run.task.test.batch(torch.arange(1))
+    u = net.inject(x.to(run.device))
+    z0, z = net.initial(u), torch.ones_like(u)
+    jobs = {"f": partial(net.f, z, u)}
+    for name, where in student.items():
+        jobs[f"{name}, its start alone"] = partial(where.students[""][0].guess, u)
+        jobs[f"{name}, 1"] = partial(table(where)["cdeq"].solve, z0, u, 1, last=True)
+    for name in ("picard", "anderson"):
+        job = partial(table(run)[name].solve, z0, u, K // 2, last=True)
+        jobs[f"{name}, 2 L"] = job
+    spent = interleaved(jobs, 5, run.device)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def part(title: str, columns: dict[str, list[dict[str, float]]]) -> dict:
+    """A table: by method, a list of values, one by seed, for each column. columns: by name, what
+    each seed gave."""
+    names = dict.fromkeys(name for seeds in columns.values() for one in seeds for name in one)
+    cells = {name: [[one[name] for one in seeds] for seeds in columns.values()] for name in names}
+    digits = 5 if title == "seconds" else 1
+    return {"title": TITLES[title], "columns": [*columns], "digits": digits, "cells": cells}
+
+
+def figure(result: dict, path: Path) -> None:
+    """Test accuracy against length, a line per method: a PNG 800 pixels wide."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = next((part for part in result["parts"] if part["title"] == TITLES["2"]), None)
+    if shown is None:
+        return
+    lengths = [int(name) for name in shown["columns"]]
+    canvas, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    for name, (label, style) in SHOWN.items():
+        means = [statistics.fmean(values) for values in shown["cells"][name]]
+        axis.plot(lengths, means, style, label=label, markersize=5)
+    axis.set(xlabel="nodes of a chain", ylabel="test accuracy, %", xscale="log")
+    axis.set_xticks(lengths, shown["columns"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    canvas.legend(loc="outside right upper", fontsize=9)
+    with atomic(path) as file:
+        canvas.savefig(file, format="png", dpi=100)
+    pyplot.close(canvas)
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--tasks", choices=[*chains.TASKS], nargs="+", default=[*chains.TASKS])
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--finished", action="store_true", help="train nothing, report what is there")
+    add("--results", type=Path, default=Path("results"), help="where to write")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
+    args = parser.parse_args(argv)
+    if len({*args.seeds}) < len(args.seeds) or min(args.seeds) < 0:
+        raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: each once, and >= 0")
+    found: dict = {"2": {}, "10": {}, "seconds": {}}
+    for task in dict.fromkeys(args.tasks):
+        classes, length = task.removeprefix("chains").split("-")
+        folders = [Path(f"runs/{task}-seed{seed}") for seed in args.seeds]
+        for seed, folder in zip(args.seeds, folders, strict=True):
+            if not args.finished:
+                train_task(task, seed, folder, args.flags)
+        found[classes or "2"][length] = [measure(folder) for folder in folders]
+        if not classes:
+            found["seconds"][length] = [seconds(folder) for folder in folders]
+    result = {"study": "Chains: who sees how far", "seeds": args.seeds, **provenance()}
+    result |= {"versions": versions(), "device": "cpu" if not torch.cuda.is_available() else "cuda"}
+    result["parts"] = [part(title, columns) for title, columns in found.items() if columns]
+    print(tables.write(result, args.results / "chains", figure))
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(sys.argv[1:])
