@@ -76,6 +76,11 @@ class Networks:
         return EXPLICIT[name](self.adjacency(self.norm), self.features, self.classes)
 
 
+def no_files(name: str, path: Path) -> Tensor:
+    """What `read` of a graph's task says: there is no other input."""
+    raise UsageError(f"--files {path}: {name} is one graph; train on your own by --task graph")
+
+
 def node_task(
     name: str,
     data: Mapping[str, Tensor],
@@ -99,9 +104,6 @@ def node_task(
     networks = Networks(graph, classes, sizes, presets, norm)
     few = min(200, defaults["teacher_steps"])  # OGB trains its explicit networks briefly
 
-    def read(path: Path) -> Tensor:
-        raise UsageError(f"--files {path}: {name} is one graph; train on your own by --task graph")
-
     return Task(
         name,
         *("accuracy", True),
@@ -110,7 +112,7 @@ def node_task(
         presets=tuple(presets),
         options=OPTIONS,
         score=accuracy,
-        read=read,
+        read=functools.partial(no_files, name),
         classes=tuple(map(str, range(classes))),
         defaults=defaults,
         note=note,
