@@ -1,8 +1,8 @@
 """The sizes of all presets: python -m models
 
-Parameters, those of f, numbers of one sample's state, and FLOPs of one evaluation of f on it; a
-multiply and an add count as two. A text's sample is a segment of 150 words with a memory as long,
-of WikiText-103's vocabulary.
+Parameters, those of f, numbers of one sample's state, and FLOPs of one evaluation of f on it and of
+the head; a multiply and an add count as two. A text's sample is a segment of 150 words with a
+memory as long, of WikiText-103's vocabulary.
 """
 
 import torch
@@ -27,17 +27,20 @@ def sizes(preset: str) -> dict[str, int]:
     z = net.initial(u)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.f(z, u)
+        flops = counter.get_total_flops()
+        net.head(z)
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "f": sum(p.numel() for p in net.cell.parameters()),
         "state": z.numel(),
-        "flops": counter.get_total_flops(),
+        "flops": flops,
+        "head": counter.get_total_flops() - flops,
     }
 
 
 if __name__ == "__main__":
-    print(f"{'preset':24}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP per f':>14}")
+    print(f"{'preset':24}{'parameters':>14}{'of f':>14}{'state':>10}{'GFLOP of f':>14}{'head':>10}")
     for name in (*mdeq.PRESETS, *transformer.PRESETS):
         row = sizes(name)
         numbers = f"{row['parameters']:14,}{row['f']:14,}{row['state']:10,}"
-        print(f"{name:24}{numbers}{row['flops'] / 1e9:14.3f}")
+        print(f"{name:24}{numbers}{row['flops'] / 1e9:14.3f}{row['head'] / 1e9:10.3f}")

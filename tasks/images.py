@@ -28,6 +28,12 @@ CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))  # as 
 FASHION = dict(mean=(0.2860,), std=(0.3530,))
 # Of photographs: at ten times the rate the student unlearns what it starts with, one solver step.
 PHOTOGRAPHS = dict(student_lr=2e-4)
+# The schedule of the reference, half of it unrolled, at eight GPUs' batch.
+IMAGENET_SETTINGS = dict(
+    batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
+    teacher_steps=250_000, growing=0.5, before=18, K=26, student_steps=100_000,
+    cache_dtype="bf16", chunk=64, save_every=1000, **PHOTOGRAPHS,
+)  # fmt: skip
 REFERENCES = ("alexnet", "googlenet", "resnet34")  # the nearest to HRNet-W18's 21 M parameters
 
 
@@ -169,14 +175,7 @@ def photographs(
 
 
 def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> Task:
-    """The schedule of the reference, half of it unrolled, at eight GPUs' batch."""
-    defaults = dict(
-        batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
-        teacher_steps=250_000, growing=0.5, before=18, K=26, student_steps=100_000,
-        cache_dtype="bf16", chunk=64, save_every=1000,
-        **PHOTOGRAPHS,
-    )  # fmt: skip
-    return photographs("imagenet", data, image_size, unreadable, defaults)
+    return photographs("imagenet", data, image_size, unreadable, IMAGENET_SETTINGS)
 
 
 def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> Task:

@@ -236,17 +236,20 @@ LITTLE = dict(
 )  # fmt: skip
 
 
+# The schedule of the reference: a tenth of it unrolled, two layers deep.
+WT103_SETTINGS = dict(
+    batch=56, teacher_steps=300_000, teacher_lr=2.5e-4, teacher_decay=0.0, clip=0.25,
+    growing=0.1, before=24, layers=3, K=38, student_steps=50_000, student_lr=1e-4,
+    cache_dtype="bf16", chunk=8, cache_gb=16.0, dtype="bf16", save_every=1000,
+)  # fmt: skip
+
+
 def wikitext103(data: Path, segment: int = 150, memory: int = 150) -> Task:
-    """The schedule of the reference: a tenth of it unrolled, two layers deep."""
-    defaults = dict(
-        batch=56, teacher_steps=300_000, teacher_lr=2.5e-4, teacher_decay=0.0, clip=0.25,
-        growing=0.1, before=24, layers=3, K=38, student_steps=50_000, student_lr=1e-4,
-        cache_dtype="bf16", chunk=8, cache_gb=16.0, dtype="bf16",
-        save_every=1000,
-    )  # fmt: skip
     names = ("transformer-103", "transformer-103-pre-ln", "transformer-small", "transformer-tiny")
     known, ids = read_folder(where(data, "wikitext-103"))
-    return text_task("wikitext103", known, ids, segment, memory, presets=names, defaults=defaults)
+    return text_task(
+        "wikitext103", known, ids, segment, memory, presets=names, defaults=WT103_SETTINGS
+    )
 
 
 def wikitext2(data: Path, segment: int = 64, memory: int = 64) -> Task:
