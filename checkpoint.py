@@ -132,5 +132,8 @@ def provenance() -> dict:
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     world = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={world}" if world else "python"
-    command = " ".join([launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    module = script.parent.name == "evidence"
+    program = f"-m evidence.{script.stem}" if module else script.name
+    command = " ".join([launcher, program, *sys.argv[1:]])
     return {"command": command, "commit": git("rev-parse", "HEAD") + ("+" if changed else "")}
