@@ -48,8 +48,9 @@ class Cell(nn.Module):
         raise NotImplementedError
 
     def start(self) -> nn.Module | None:
-        """A network of at most a quarter of f's FLOPs that guesses the features of z* from u; its
-        last layers are called `out`. None: there is none, and students begin at z_0."""
+        """A network that guesses the features of z* from u, of at most a quarter of f's FLOPs, on
+        graphs half; its last layers are called `out`. None: there is none, and students begin at
+        z_0."""
 
     def features(self, z: Tensor) -> list[Tensor]:
         """Views of z with channels last, one per branch, sample dimensions first."""

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 from models import Cell, Equilibrium
 from models.graph import Graph
 
+HOPS = 4  # of a start; each costs an eighth of f's sparse product
 PRESETS = {
     "ignn": dict(kind="ignn"),
     "ignn-row": dict(kind="ignn", norm="row"),
@@ -82,29 +83,19 @@ class Cayley(nn.Module):
 
 class GraphStart(nn.Module):
     """A guess of z* from u: two narrow linear maps of each node's injection, beside a multiple of
-    each of its channels, which costs nothing and carries what the narrow ones cannot."""
+    each of its channels, which costs nothing and carries what the narrow ones cannot.
 
-    def __init__(self, d: int):
-        super().__init__()
-        width = max(4, d // 8)
-        self.scale = nn.Parameter(torch.zeros(d))
-        self.wide, self.out = nn.Linear(d, width), nn.Linear(width, d)
-
-    def forward(self, u: Tensor) -> list[Tensor]:
-        return [torch.addcmul(self.out(self.wide(u).relu()), u, self.scale)]
-
-
-class FarStart(GraphStart):
-    """The same, with jumps of 1, 2, 4, .. hops between the two narrow maps, each a sparse product
-    of these few channels: the guess sees all nodes within their sum.
-
-    Blank nodes stay blank before the jumps: there is no bias to drown what comes from afar.
+    Between the two maps come jumps, sparse products of these few channels: the guess sees all nodes
+    within the sum of their hops. A node of which nothing is known stays 0 before the jumps, for
+    there is no bias to drown what comes from afar.
     """
 
     def __init__(self, d: int, jumps: list[Graph]):
-        super().__init__(d)
-        self.wide = nn.Linear(d, self.out.in_features, bias=False)
-        self.scales = nn.Parameter(torch.ones(len(jumps), self.out.in_features))
+        super().__init__()
+        width = max(4, d // 8)
+        self.scale = nn.Parameter(torch.zeros(d))
+        self.wide, self.out = nn.Linear(d, width, bias=False), nn.Linear(width, d)
+        self.scales = nn.Parameter(torch.ones(len(jumps), width))
         self.jumps = jumps
 
     def forward(self, u: Tensor) -> list[Tensor]:
@@ -115,8 +106,8 @@ class FarStart(GraphStart):
 
 
 class GraphCell(Cell):
-    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d). far: jumps that the
-    start makes, which costs far more than a start may elsewhere."""
+    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d). far: its
+    start makes so many jumps of 1, 2, 4, .. hops, and costs far more than a start may elsewhere."""
 
     def __init__(self, graph: Graph, d: int, kappa: float, far: int = 0):
         super().__init__()
@@ -131,9 +122,8 @@ class GraphCell(Cell):
             self.W.copy_(project_rows(self.W, self.kappa))
 
     def start(self) -> GraphStart:
-        if self.far:
-            return FarStart(*self.channels, self.graph.jumps(self.far))
-        return GraphStart(*self.channels)
+        jumps = self.graph.jumps(self.far) if self.far else [self.graph] * HOPS
+        return GraphStart(*self.channels, jumps)
 
     def linear(self, z: Tensor, u: Tensor) -> Tensor:
         """A z W^T + u."""

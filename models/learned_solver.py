@@ -11,8 +11,8 @@ f is the teacher's, frozen; no labels are used. The initialiser is a small convo
 sequences: a causal one) or two linear maps (graphs). IGNN-Solver's compression is a graph network.
 
 Shapes: z (B, state...), P problems of sample_dims leading dimensions, each with a and beta of its
-own, as in anderson.py. NFE counts f. The start is at most a quarter of it (a test counts FLOPs), a
-step's own networks less, and their time is in every table.
+own, as in anderson.py. NFE counts f. The start is at most a quarter of it, on graphs half (a test
+counts FLOPs), a step's own networks less, and their time is in every table.
 
 Departs from the paper: a_i and beta start as Picard's (the newest state, 1), not at random.
 """
