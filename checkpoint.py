@@ -108,6 +108,34 @@ def load(path: Path, kind: str) -> dict:
     return contents
 
 
+def load_weights(part, state: dict, path: Path) -> None:
+    """part.load_state_dict(state); UsageError where the sizes are those of other data."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{path} does not fit the data at hand (another vocabulary, other classes): {reason}"
+        ) from error
+
+
+def same_data(path: Path, checkpoint: dict, data: str) -> None:
+    """UsageError where a checkpoint was trained on other data than those at hand."""
+    if checkpoint.get("data", data) != data:
+        raise UsageError(
+            f"{path} was trained on other data than those at hand (fingerprint "
+            f"{checkpoint['data']}, not {data}); name its own by --data, or choose another --out"
+        )
+
+
+def same_teacher(path: Path, checkpoint: dict, teacher: torch.nn.Module) -> None:
+    """UsageError where a student or learned solver was trained with another teacher."""
+    if checkpoint["teacher"] != fingerprint(teacher):
+        raise UsageError(
+            f"{path} was distilled from another teacher than the one beside it; delete it"
+        )
+
+
 def fingerprint(module: torch.nn.Module) -> str:
     """Sixteen hexadecimal digits that change with any weight of the module."""
     digest = hashlib.sha256()

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import UsageError, fingerprint, load, provenance, save
+from checkpoint import UsageError, load, load_weights, provenance, same_data, same_teacher, save
 from config import Config, environment, open_task, pick_device
 from fpode import TimeMap
 from models import Equilibrium
+from models.published import adopt
 from student import Student
 from tasks import Task, positions
 
@@ -196,36 +198,33 @@ def restore(job: Job, stage) -> int:
     return saved["step"]
 
 
+def take_over(job: Job, net: Equilibrium, path: Path) -> None:
+    """Writes the run's teacher.pt from --teacher; an earlier start may have done so."""
+    file, there = job.config.teacher, path.exists()
+    barrier(job)  # no rank looks after another has written
+    if not there:
+        adopt(net, Path(file), job.config.preset)
+        write_checkpoint(
+            job, path, "teacher", step=job.config.teacher_steps, model=net.state_dict(), source=file
+        )
+    elif load(path, "teacher").get("source") != file:
+        raise UsageError(
+            f"--teacher {file}: {job.folder} has another teacher; choose another --out"
+        )
+    barrier(job)
+
+
+def distributed(job: Job, loss: nn.Module) -> nn.Module:
+    """The loss module under DDP, if there are several processes."""
+    if job.world == 1:
+        return loss
+    if job.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(loss)
+    return DistributedDataParallel(loss)
+
+
 def student_path(folder: Path, name: str) -> Path:
     return folder / (f"student-{name}.pt" if name else "student.pt")
-
-
-def load_weights(part, state: dict, path: Path) -> None:
-    """part.load_state_dict(state); UsageError where the sizes are those of other data."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"{path} does not fit the data at hand (another vocabulary, other classes): {reason}"
-        ) from error
-
-
-def same_data(path: Path, checkpoint: dict, data: str) -> None:
-    """UsageError where a checkpoint was trained on other data than those at hand."""
-    if checkpoint.get("data", data) != data:
-        raise UsageError(
-            f"{path} was trained on other data than those at hand (fingerprint "
-            f"{checkpoint['data']}, not {data}); name its own by --data, or choose another --out"
-        )
-
-
-def same_teacher(path: Path, checkpoint: dict, teacher: Equilibrium) -> None:
-    """UsageError where a student or learned solver was trained with another teacher."""
-    if checkpoint["teacher"] != fingerprint(teacher):
-        raise UsageError(
-            f"{path} was distilled from another teacher than the one beside it; delete it"
-        )
 
 
 def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:

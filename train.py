@@ -25,28 +25,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
 import runs
 import trajectories
-from checkpoint import UsageError, fingerprint, load, plain_errors
+from checkpoint import UsageError, fingerprint, plain_errors, same_teacher
 from config import Config, parse
 from fpode import contraction, propose_rho
 from models import Equilibrium
-from models.published import adopt
-from runs import (
-    Job,
-    barrier,
-    build_student,
-    generator,
-    log,
-    read_checkpoint,
-    samples,
-    say,
-    write_checkpoint,
-)
+from runs import Job
 from student import Student, update_ema
 
 MU = 0.98  # of the running average phi^-
@@ -61,12 +49,12 @@ def main(argv: list[str]) -> None:
     config, task = parse(argv, __doc__)
     job = runs.begin(config, task)
     teacher = train_teacher(job)
+    from evidence.measure import pick_decay, report  # measuring is no part of the method
+
     if config.stage in ("all", "student"):
         train_student(job, teacher)
         pick_decay(job)
     if config.stage in ("all", "evaluate"):
-        from evidence.measure import report  # measuring is no part of the method
-
         report(runs.reopened(job))
     runs.leave()
 
@@ -97,12 +85,11 @@ def fit(job: Job, stage: Stage) -> None:
     config, A, net, optimizer = job.config, job.config.accumulate, stage.net, stage.optimizer
     peaks = [group["lr"] for group in optimizer.param_groups]
     first, every, unseen = runs.restore(job, stage), max(1, stage.steps // LINES), []
-    module = distributed(job, stage.loss)
+    module = runs.distributed(job, stage.loss)
     batches = stage.batches(range(first * A, stage.steps * A))
-    quiet = None if job.rank == 0 else True  # None: a bar on a terminal only
     bar = tqdm(
-        range(first, stage.steps), stage.kind, stage.steps, initial=first, disable=quiet,
-        unit="update",
+        range(first, stage.steps), stage.kind, stage.steps, initial=first, unit="update",
+        disable=None if job.rank == 0 else True,  # None: a bar on a terminal only
     )  # fmt: skip
     for step in bar:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -133,17 +120,9 @@ def fit(job: Job, stage: Stage) -> None:
             runs.tell(job, stage, bar, step, values)
         if saves:
             states = {name: part.state_dict() for name, part in stage.states().items()}
-            write_checkpoint(job, stage.path, stage.kind, step=step + 1, **states, **stage.extra)
-    barrier(job)
-
-
-def distributed(job: Job, loss: nn.Module) -> nn.Module:
-    """The loss module under DDP, if there are several processes."""
-    if job.world == 1:
-        return loss
-    if job.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(loss)
-    return DistributedDataParallel(loss)
+            contents = dict(step=step + 1, **states, **stage.extra)
+            runs.write_checkpoint(job, stage.path, stage.kind, **contents)
+    runs.barrier(job)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -181,37 +160,19 @@ def train_teacher(job: Job) -> Equilibrium:
     """The DEQ itself, trained or taken over; returns the finished teacher, frozen."""
     config, task, path = job.config, job.task, job.folder / "teacher.pt"
     if config.stage in ("student", "evaluate") and not runs.finished(path, "teacher", config):
-        raise UsageError(
-            f"--stage {config.stage}: {job.folder} has no finished teacher; train it first"
-        )
+        raise UsageError(f"--stage {config.stage}: {job.folder} has no finished teacher; train one")
     torch.manual_seed(config.seed)
     net = task.network(dataclasses.asdict(config)).to(job.device)
     if config.teacher:
-        take_over(job, net, path)
+        runs.take_over(job, net, path)
     if not runs.finished(path, "teacher", config):
         fit(job, teacher_stage(job, net, path))
-    saved = read_checkpoint(job, path, "teacher")
+    saved = runs.read_checkpoint(job, path, "teacher")
     net = task.network(dataclasses.asdict(config))
     net.load_state_dict(saved["model"])
     if config.compile:
         net.cell.compile()
     return net.to(job.device).eval().requires_grad_(False)
-
-
-def take_over(job: Job, net: Equilibrium, path: Path) -> None:
-    """Writes the run's teacher.pt from --teacher; an earlier start may have done so."""
-    file, there = job.config.teacher, path.exists()
-    barrier(job)  # no rank looks after another has written
-    if not there:
-        adopt(net, Path(file), job.config.preset)
-        write_checkpoint(
-            job, path, "teacher", step=job.config.teacher_steps, model=net.state_dict(), source=file
-        )
-    elif load(path, "teacher").get("source") != file:
-        raise UsageError(
-            f"--teacher {file}: {job.folder} has another teacher; choose another --out"
-        )
-    barrier(job)
 
 
 def teacher_stage(job: Job, net: Equilibrium, path: Path) -> Stage:
@@ -239,8 +200,8 @@ def teacher_stage(job: Job, net: Equilibrium, path: Path) -> Stage:
 def teacher_batches(job: Job, state: torch.Size, parts: range) -> Iterator[losses.TeacherBatch]:
     """What TeacherLoss wants for each of these parts; state: the shape of a sample's."""
     config = job.config
-    for part, (x, y) in zip(parts, samples(job, parts), strict=True):
-        random, probe = generator(job, "teacher", part), None
+    for part, (x, y) in zip(parts, runs.samples(job, parts), strict=True):
+        random, probe = runs.generator(job, "teacher", part), None
         steps, layers = depth(config, part // config.accumulate)
         chance = torch.rand((), generator=random)
         if steps and config.jac_weight > 0 and chance < JACOBIAN_SHARE:
@@ -267,7 +228,7 @@ def train_student(job: Job, teacher: Equilibrium) -> None:
     """A student by either recipe; `pick_decay` finishes it."""
     config, path = job.config, runs.student_path(job.folder, job.config.name)
     if runs.finished(path, "student", config):
-        runs.same_teacher(path, read_checkpoint(job, path, "student"), teacher)
+        same_teacher(path, runs.read_checkpoint(job, path, "student"), teacher)
         return
     paper, started = config.recipe == "paper", time.perf_counter()
     store = trajectories.make_store(job, teacher, ends=not paper)
@@ -295,8 +256,8 @@ def train_student(job: Job, teacher: Equilibrium) -> None:
     fit(job, stage)
     if isinstance(store, trajectories.Rolling):
         share = store.seconds / (time.perf_counter() - started)
-        say(job, f"the teacher's solves took {share:.0%} of the time")
-        log(job, solve_share=share)
+        runs.say(job, f"the teacher's solves took {share:.0%} of the time")
+        runs.log(job, solve_share=share)
 
 
 def fresh_student(job: Job, teacher: Equilibrium, store) -> tuple[Student, Student, float]:
@@ -305,12 +266,12 @@ def fresh_student(job: Job, teacher: Equilibrium, store) -> tuple[Student, Stude
     x = store.batch(0)[0].to(job.device)
     rate = contraction(trajectories.sample(teacher, x, config.K, m=config.m), teacher.sample_dims)
     rho = propose_rho(rate, config.K)
-    say(job, f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
-    log(job, contraction=rate, rho=rho)
+    runs.say(job, f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
+    runs.log(job, contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
     torch.manual_seed(config.seed)  # of the start's weights, whatever was drawn before
-    student = build_student(teacher, settings, rho).to(job.device)  # Alg. 2, l. 1
-    ema = build_student(teacher, settings, rho).to(job.device).requires_grad_(False)
+    student = runs.build_student(teacher, settings, rho).to(job.device)  # Alg. 2, l. 1
+    ema = runs.build_student(teacher, settings, rho).to(job.device).requires_grad_(False)
     ema.load_state_dict(student.state_dict())
     return student, ema, rho
 
@@ -320,7 +281,7 @@ def own_run_batches(
 ) -> Iterator[losses.OwnRunBatch]:
     """What OwnRun wants for each of these parts: ends of trajectories, and times of a run."""
     for part in parts:
-        random = generator(job, "student", part)
+        random = runs.generator(job, "student", part)
         x, _, rows = store.batch(part)
         z_K = runs.moved(job, store.ends(rows)).float()  # half the bytes travel, if they are bf16
         times = draw_run(job, student, random)
@@ -343,7 +304,7 @@ def trajectory_batches(
     """What Distillation wants for each of these parts: states of trajectories about a step k."""
     K = job.config.K
     for part in parts:
-        random = generator(job, "student", part)
+        random = runs.generator(job, "student", part)
         k = torch.randint(1, K + 1, (job.part,), generator=random)  # Alg. 2, l. 3
         draws = torch.rand(job.part, K + 1, generator=random)
         ks = torch.stack([k - 2, k - 1, k, torch.full_like(k, K)], dim=1).clamp(min=0)
@@ -362,25 +323,6 @@ def draw_past(memory: int, random: torch.Generator) -> tuple[int, float]:
         return 0, 1.0
     past, chance = torch.rand(2, generator=random).tolist()
     return (memory if past < 1 - NO_MEMORY else 0), chance
-
-
-def pick_decay(job: Job) -> None:
-    """Chooses the schedule's base on the validation split; the student is finished with it."""
-    path = runs.student_path(job.folder, job.config.name)
-    if runs.finished(path, "student", job.config):
-        return
-    saved, run = load(path, "student"), runs.reopened(job, ())
-    run.config |= {"K": saved["config"]["K"]}
-    student = build_student(run.teacher, saved["config"], saved["rho"])
-    student.load_state_dict(saved["ema"])
-    from evidence.evaluate import choose_decay
-
-    decay, scores = choose_decay(run, student.to(job.device).eval())
-    say(job, f"schedule base {decay} (validation)")
-    log(job, decay=decay, validation={str(key): value for key, value in scores.items()})
-    more = {key: saved[key] for key in ("model", "ema", "optimizer", "rho", "teacher")}
-    write_checkpoint(job, path, "student", step=saved["step"], decay=decay, **more)
-    barrier(job)
 
 
 if __name__ == "__main__":

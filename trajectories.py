@@ -246,16 +246,7 @@ class Rolling(Memory):
     are random views, new with every chunk. seconds: spent on solves so far.
     """
 
-    def __init__(
-        self,
-        solve: Solve,
-        *args,
-        slots: int,
-        reuse: int = REUSE,
-        augment=False,
-        workers=0,
-        **options,
-    ):
+    def __init__(self, solve, *args, slots, reuse=REUSE, augment=False, workers=0, **options):
         if slots < reuse:
             raise UsageError(
                 f"a rolling store needs room for {reuse} trajectories at least, the budget holds "

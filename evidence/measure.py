@@ -6,9 +6,10 @@ import dataclasses
 import torch
 from torch import nn
 
+import runs
 from anderson import anderson
-from checkpoint import provenance, versions
-from evidence.evaluate import Tally, evaluate, gathered, ranks, scores, stream
+from checkpoint import load, provenance, versions
+from evidence.evaluate import Tally, choose_decay, evaluate, gathered, ranks, scores, stream
 from evidence.merge import merge
 from evidence.methods import label, methods, picard_of, solved_by
 from evidence.rivals import Rivals, open_rivals
@@ -20,6 +21,23 @@ from runs import Run
 from tasks import Split
 
 BATCH = 128  # samples that are answered together
+
+
+def pick_decay(job: runs.Job) -> None:
+    """Chooses the schedule's base on the validation split; the student is finished with it."""
+    path = runs.student_path(job.folder, job.config.name)
+    if runs.finished(path, "student", job.config):
+        return
+    saved, run = load(path, "student"), runs.reopened(job, ())
+    run.config |= {"K": saved["config"]["K"]}
+    student = runs.build_student(run.teacher, saved["config"], saved["rho"])
+    student.load_state_dict(saved["ema"])
+    decay, scores = choose_decay(run, student.to(job.device).eval())
+    runs.say(job, f"schedule base {decay} (validation)")
+    runs.log(job, decay=decay, validation={str(key): value for key, value in scores.items()})
+    more = {key: saved[key] for key in ("model", "ema", "optimizer", "rho", "teacher")}
+    runs.write_checkpoint(job, path, "student", step=saved["step"], decay=decay, **more)
+    runs.barrier(job)
 
 
 def report(run: Run) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import runs
 import train
-from checkpoint import UsageError, fingerprint, load, plain_errors
+from checkpoint import UsageError, fingerprint, load, load_weights, plain_errors, same_teacher
 from config import parse
 from losses import TeacherBatch, distance
 from models import Equilibrium
@@ -55,7 +55,7 @@ def open_rivals(run: Run) -> Rivals:
         saved = load(path, "direct")
         if saved["step"] == saved["updates"]:
             net = run.task.network(saved["config"])
-            runs.load_weights(net, saved["model"], path)
+            load_weights(net, saved["model"], path)
             found.direct[int(path.stem.removeprefix("direct-"))] = net
     for path in sorted(run.folder.glob("explicit-*.pt")):
         saved, name = load(path, "explicit"), path.stem.removeprefix("explicit-")
@@ -67,7 +67,7 @@ def open_rivals(run: Run) -> Rivals:
         path = run.folder / f"{kind}.pt"
         if path.exists():
             saved = load(path, kind)
-            runs.same_teacher(path, saved, run.teacher)
+            same_teacher(path, saved, run.teacher)
             if saved["step"] == saved["updates"]:
                 solver = learned_solver(run.teacher, kind, saved["config"]["m"])
                 solver.load_state_dict(saved["model"])
@@ -151,7 +151,7 @@ def train_learned(job: Job, kind: str) -> None:
         raise UsageError(f"{kind}: {job.folder} has no finished teacher; train it first")
     teacher, saved = train.train_teacher(job), read_checkpoint(job, path, kind)
     if saved and saved["step"] >= config.student_steps:
-        runs.same_teacher(path, saved, teacher)
+        same_teacher(path, saved, teacher)
         return
     torch.manual_seed(config.seed)
     solver = learned_solver(teacher, kind, config.m).to(job.device)

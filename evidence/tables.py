@@ -83,10 +83,10 @@ def study(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
+def table(title: str, head: list[str], rows: list[list[str]], note: str = "") -> list[str]:
     """The lines of a Markdown table under its title."""
     return [
-        *("", f"## {title}", ""),
+        *("", f"## {title}", "", *([note, ""] if note else [])),
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
         *(f"| {' | '.join(row)} |" for row in rows),
@@ -113,8 +113,7 @@ def difference_lines(result: dict, nfes: list[int]) -> list[str]:
 
 def teacher_lines(result: dict) -> list[str]:
     """The table of teachers of the same network that were trained otherwise."""
-    rows = [row for row in result["rows"] if "contraction" in row]
-    if not rows:
+    if not (rows := [row for row in result["rows"] if "contraction" in row]):
         return []
     lines = [
         [row["method"], number(row, "value"), remark, f"{row['contraction']:.2f}"]
@@ -145,9 +144,9 @@ def some(row: dict, result: dict) -> str:
 def explicit_lines(result: dict) -> list[str]:
     """The table of the networks of finite depth, where there are any."""
     explicit = [row for row in result["rows"] if not row["nfe"]]
-    columns = ["value", "valid", "params", "seconds_per_batch", "peak_memory_bytes"]
-    if not any("valid" in row for row in explicit):  # tables made before it was measured
-        columns.remove("valid")
+    columns = ["value", "params", "seconds_per_batch", "peak_memory_bytes"]
+    if any("valid" in row for row in explicit):  # not in tables made before it was measured
+        columns.insert(1, "valid")
     rows = []
     for row in explicit:
         remark = verdict(row["vs_teacher"], result) if row.get("vs_teacher") else ""
@@ -159,29 +158,24 @@ def explicit_lines(result: dict) -> list[str]:
 
 def equal_lines(result: dict) -> list[str]:
     """The table of evaluations and seconds to the converged teacher's metric, less the margin."""
-    if "equal" not in result:  # tables made before it was measured
-        return []
+    if "equal" not in result:
+        return []  # tables made before it was measured
     margin, before = f"less {result['margin']:g}", result["injection_seconds"]
     if not result["higher_is_better"]:
         margin = f"within {result['margin']:.0%}"
     whole = {row["method"]: before + row["seconds_per_batch"] for row in result["equal"]}
-    lines = [
-        "",
-        f"## as good as the converged teacher, {margin} (chosen on validation)",
-        "",
-        f"Times are from the injected input to the logits; the injection takes {before:.4f} s.",
-        "",
-        f"| method | NFE by seed | {result['metric']} | seconds | / Anderson's | with injection |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in result["equal"]:
         name, nfes = row["method"], ", ".join(map(str, row["nfe"]))
         cells = [name, nfes, number(row, "value"), number(row, "seconds_per_batch"), "", ""]
         if "anderson" in whole:
             part = row["seconds_per_batch"] / (whole["anderson"] - before)
             cells[4:] = f"{part:.3f}", f"{whole[name] / whole['anderson']:.3f}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    title = f"as good as the converged teacher, {margin} (chosen on validation)"
+    head = ["method", "NFE by seed", result["metric"], "seconds", "/ Anderson's", "with injection"]
+    note = f"Times are from the injected input to the logits; the injection takes {before:.4f} s."
+    return table(title, head, rows, note)
 
 
 def number(row: dict, key: str) -> str:
@@ -293,13 +287,12 @@ def filled(page: str, results: Path) -> str:
 def main(argv: list[str]) -> None:
     """Makes every results/*.md anew from its JSON, and the pages' tables from these."""
     command_line(__doc__).parse_args(argv)
-    here = ROOT
-    for path in sorted((here / "results").glob("*.json")):
+    for path in sorted((ROOT / "results").glob("*.json")):
         result = read(path)
         if result.keys() & {"rows", "study"}:
             path.with_suffix(".md").write_text(markdown(result))
-    for page in (here / "README.md", here / "RESULTS.md"):
-        page.write_text(filled(page.read_text(), here / "results"))
+    for page in (ROOT / "README.md", ROOT / "RESULTS.md"):
+        page.write_text(filled(page.read_text(), ROOT / "results"))
 
 
 if __name__ == "__main__":

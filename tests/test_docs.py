@@ -73,13 +73,13 @@ def test_imports_go_down_the_floors():
         assert not upward or (path.stem in ("train", "infer") and {*upward} == {"evidence"})
 
 
-LONGEST = {"train": 390}  # lines; of all others, 310
+LONGEST = {"train": 330, "speed": 304}  # lines; of all others, 300
 
 
 def test_files_functions_and_settings_stay_few_and_short():
     for path in SOURCES:
         text = path.read_text()
-        assert len(text.splitlines()) <= LONGEST.get(path.stem, 310), path.name
+        assert len(text.splitlines()) <= LONGEST.get(path.stem, 300), path.name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 told = len((ast.get_docstring(node) or "").splitlines())
