@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -215,12 +216,15 @@ def take_over(job: Job, net: Equilibrium, path: Path) -> None:
 
 
 def distributed(job: Job, loss: nn.Module) -> nn.Module:
-    """The loss module under DDP, if there are several processes."""
+    """The loss module under DDP, if there are several processes. In bf16, gradients travel so."""
     if job.world == 1:
         return loss
     if job.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(loss)
-    return DistributedDataParallel(loss)
+    module = DistributedDataParallel(loss)
+    if job.config.dtype == "bf16":
+        module.register_comm_hook(None, bf16_compress_hook)
+    return module
 
 
 def student_path(folder: Path, name: str) -> Path:

@@ -93,7 +93,7 @@ def rows(preset: str, N: int) -> list[tuple[str, str, float]]:
     t = a * (F * (before + 3 * layers) + 3 * H) / R
     t_s = (a * F * run * c + q * H * (1 + 3 * J)) / R
     v = solved(w.student_steps, int(a), S) / w.student_steps * solve
-    A, E = all_reduce(4 * w.parameters, N), evaluations(w.K, w.parts > 1)
+    A, E = all_reduce(2 * w.parameters, N), evaluations(w.K, w.parts > 1)
     return [
         ("weights, gradients, Adam's, GB", "16 p", 16 * w.parameters / 1e9),
         ("all z_K of the task, GB", "2 s n", 2 * s * w.n / 1e9),
@@ -102,7 +102,7 @@ def rows(preset: str, N: int) -> list[tuple[str, str, float]]:
         ("inputs beside them, GB", "x S", w.x * S / 1e9),
         ("samples of an update", "a = B / N", a),
         ("teacher's update, ms", "t = a (F (before + 3 layers) + 3 H) / R", 1e3 * t),
-        ("all-reduce, ms", "A = 8 p ((g - 1) / (g L) + (1 - g / N) / W)", 1e3 * A),
+        ("all-reduce, ms", "A = 4 p ((g - 1) / (g L) + (1 - g / N) / W)", 1e3 * A),
         ("its share of the update, %", "A / (t + A)", 100 * A / (t + A)),
         ("teacher, hours", "updates (t + A)", w.teacher_steps * (t + A) / 3600),
         ("inputs read a second", "i = a / (t + A)", a / (t + A)),

@@ -4,11 +4,11 @@ and an evaluation against one process's. Prints the largest differences on rank 
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import infer
 import runs
@@ -36,8 +36,9 @@ def gradients(module, network, batch) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def gap(module, network, batch) -> float:
-    """Largest difference between the gradient of all and the averaged gradients of the shards."""
+def gap(module, network, batch, dtype="fp32") -> float:
+    """Largest difference between the gradient of all and the averaged gradients of the shards,
+    which travel in this number format."""
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def shard(v):
@@ -49,7 +50,9 @@ def gap(module, network, batch) -> float:
 
     whole = gradients(module, network, batch)
     mine = type(batch)(**{key: shard(v) for key, v in vars(batch).items()})
-    parts = gradients(DistributedDataParallel(module), network, mine)
+    config = SimpleNamespace(dtype=dtype)
+    job = SimpleNamespace(world=world, device=torch.device("cpu"), config=config)
+    parts = gradients(runs.distributed(job, module), network, mine)
     return ((whole - parts).abs().max() / whole.abs().max()).item()
 
 
@@ -75,12 +78,13 @@ def main(folder: str) -> None:
     found = gaps(net, torch.randn(8, 1, 8, 8), torch.arange(8))
     net = DEQTransformer(40, 16, 2, 24, (20,), segment=5, memory=5)
     found += gaps(net, *torch.randint(40, (2, 8, 10)), (5, True))  # half of a window is memory
+    half = gap(TeacherLoss(net), net, TeacherBatch(*torch.randint(40, (2, 8, 10)), 2, 2), "bf16")
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
     # One by one: batches of other sizes round otherwise.
     row = evaluate(run, methods(run, Rivals({}, {}, {})), odd, (2,), batch=1)["cdeq"][0]
     if dist.get_rank() == 0:
-        print("GAPS", *found, "VALUE", row["value"], row["distance"], flush=True)
+        print("GAPS", *found, half, "VALUE", row["value"], row["distance"], flush=True)
     runs.leave()
 
 
