@@ -23,7 +23,7 @@ tables: .venv/.ready
 	$(BIN)/python -m evidence.compare --task docstrings --seeds 0 --results runs/tables
 
 gpu: .venv/.ready
-	$(BIN)/python -m evidence.gpu
+	$(BIN)/python -m evidence.speed --device cuda
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

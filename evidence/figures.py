@@ -60,3 +60,15 @@ def figure(result: dict, path: Path) -> None:
     left.legend()
     canvas.suptitle(f"{result.get('note') or result['task']}, seeds {result['seeds']}")
     save(canvas, path)
+
+
+def scaling_figure(rows: list[dict], path: Path) -> None:
+    """Seconds of one evaluation of a graph network by the graph's edges, a PNG."""
+    canvas, (axis,) = canvas_of(1)
+    edges, seconds = zip(*((row["edges"], row["seconds"]["f"]) for row in rows), strict=True)
+    axis.loglog(edges, seconds, marker="o", label="one evaluation")
+    linear = [seconds[-1] / edges[-1] * E for E in edges]
+    axis.loglog(edges, linear, linestyle=":", color="gray", label="linear")
+    axis.set(xlabel="edges (both directions, self-loops)", ylabel="seconds", title="IGNN, f")
+    axis.legend()
+    save(canvas, path)

@@ -1,301 +1,297 @@
-r"""Speed as ratios, side by side in one run, with the floor of each hot path beside it.
+r"""Speed and memory of the hot paths, each beside its floor, on a CPU or a GPU.
 
-    python -m evidence.speed               -> results/speed.json, results/speed-graphs.png
-    python -m evidence.speed --only text   -> results/speed-text.json
+    python -m evidence.speed                   -> results/speed.json, results/speed-graphs.png
+    python -m evidence.speed --device cuda     -> results/speed-cuda.json
 
-What is measured: a step of Anderson acceleration against torchdeq's and against the passes over
-memory that it makes; the states that its window holds; a step of the student against a bare
-evaluation of f, on digits and on MDEQ for ImageNet, and that f against a matrix product; IGNN's f
-on random graphs of 10^4 to 10^7 edges, and on ogbn-arxiv where that is at hand, against the bare
-sparse and the bare dense product; the memory of answers by NFE, of texts for Table 5; and that of a
-run on ogbn-arxiv.
+A part is written as soon as it is measured, and measured again only at another commit, on another
+device or with other software. Networks have random weights; on a GPU those of images and texts run
+in bf16 under autocast. Of a text, a sample is a word, and an answer has no memory.
 """
 
+import copy
 import importlib.util
+import itertools
 import json
-import resource
+import os
+import re
 import statistics
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace as Sizes
 
 import torch
-from torch import Tensor
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import runs
-from anderson import Counter, anderson
-from checkpoint import atomic, plain_errors, provenance, versions
-from config import TASKS, command_line
-from evidence.compare import train
-from evidence.figures import canvas_of, save
-from evidence.methods import methods
-from evidence.rivals import Rivals
-from evidence.timing import cost, interleaved, peak_memory
+from anderson import anderson, picard
+from checkpoint import UsageError, atomic, plain_errors, provenance, versions
+from config import DTYPES, TASKS, Config, command_line, require
+from evidence.figures import scaling_figure
+from evidence.reading import reading
+from evidence.timing import interleaved, peak_memory
 from fpode import TimeMap
 from infer import cdeq
-from models import Equilibrium
+from losses import OwnRun, OwnRunBatch, TeacherBatch, TeacherLoss
+from models import Equilibrium, mdeq, transformer
+from models.ignn import IGNN, Graph
 from student import Student
+from trajectories import sample
 
-CPU = torch.device("cpu")
+# Evaluations without and with gradient in a teacher's mean update; steps of the solver.
+TRAINING = {mdeq.MDEQ: (9, 4, 26), transformer.DEQTransformer: (12, 3, 38), IGNN: (4, 4, 20)}
+TIMES, DECAY, RUN = TimeMap(0.19, 20), 0.8, 3  # RUN: steps of a student's own run in training
+METHODS = ("cdeq", "anderson", "picard", "f")
+# What a profile shows where the host waits for the device.
+WAITS = "aten::(_local_scalar_dense|nonzero)|cuda(Stream|Device|Event)Synchronize|cudaMemcpy"
 
-
-def solver_overhead(shape: tuple[int, int], K: int = 12, repeats: int = 5, device=CPU) -> dict:
-    """Seconds per step without f of our Anderson and torchdeq's, m = 6, side by side."""
-    from torchdeq.solver.anderson import anderson_solver
-
-    buffers = [
-        torch.randn(shape, device=device) for _ in range(3)
-    ]  # an f that costs nothing: ready-made answers
-    calls = Counter(lambda z: buffers[calls.nfe % 3])
-    z0 = torch.zeros(shape, device=device)
-    jobs = {
-        "ours": lambda: anderson(calls, z0, K, m=6, last=True),
-        "torchdeq": lambda: anderson_solver(calls, z0, max_iter=K, m=6, tol=0.0, return_final=True),
-    }
-    spent = interleaved(jobs, repeats, z0.device)
-    per_step = {key: statistics.median(times) / K for key, times in spent.items()}
-    assert calls.nfe == 2 * K * (repeats + 1)
-    return {
-        "shape": list(shape),
-        "seconds_per_step": per_step,
-        "ratio": per_step["ours"] / per_step["torchdeq"],
-        "passes_floor_seconds": 19
-        * copy_seconds(shape, device)
-        / 2,  # 2m + 7 passes; a copy makes two
-    }
-
-
-def copy_seconds(shape: tuple[int, int], device=CPU, repeats: int = 5) -> float:
-    """Seconds to copy one state: one read and one write of it."""
-    a, b = torch.randn(shape, device=device), torch.empty(shape, device=device)
-    return statistics.median(interleaved({"": lambda: b.copy_(a)}, repeats, a.device)[""])
-
-
-def window_memory(m: int = 6, n: int = 8_000_000) -> float:
-    """Peak memory of a solve beyond z_0 and f's own, in states. Linux, in a fresh process."""
-    z0, out = torch.ones(1, n), torch.ones(1, n)  # written, so that their pages are there
-    anderson(lambda z: z * 0.5, torch.zeros(1, 8), 3)  # libraries load outside the measurement
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    anderson(lambda z: torch.mul(z, 0.5, out=out), z0, 3 * m, m=m, last=True)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * n)
+# networks: by part a preset, a batch (of a graph edges and nodes) and a compiler; product: side of
+# a matrix; states: of solvers alone, as those of an MDEQ and of a graph.
+CPU = Sizes(
+    device=torch.device("cpu"), dtype=torch.float32, words=33_278, segment=150, product=2048,
+    networks={"digits": ("digits", 128, ""), "imagenet": ("imagenet-small", 4, ""),
+              "text": ("transformer-small", 8, ""), "arxiv": ("ogbn-arxiv", 1, "")},
+    states=((32, 188_160), (1, 21_700_000)), scaling=(10**4, 10**5, 10**6, 10**7),
+    nfes=(1, 2, 8, 20, 40), repeats=100, pictures=1000,
+)  # fmt: skip
+IMAGE, TEXT, PRODUCTS = "imagenet-small", "transformer-103", (61_859_140, 2_449_029)
+CUDA = Sizes(**vars(CPU) | dict(
+    device=torch.device("cuda", 0), dtype=torch.bfloat16, words=267_735, product=8192,
+    networks={"image_24_gb": (IMAGE, 64, ""), "image_80_gb": (IMAGE, 256, ""),
+              "text_24_gb": (TEXT, 14, ""), "text_80_gb": (TEXT, 56, ""),
+              "graph_fp32": ("fp32", PRODUCTS, ""), "graph_bf16": ("bf16", PRODUCTS, ""),
+              "image_compiled": (IMAGE, 64, "inductor"), "text_compiled": (TEXT, 14, "inductor")},
+    nfes=(1, 2, 8, 26), repeats=10,
+))  # fmt: skip
+TINY = {IMAGE: ("digits", 2), TEXT: ("transformer-tiny", 2)}
+DRY = Sizes(**vars(CPU) | dict(
+    dtype=torch.bfloat16, words=300, segment=6, product=64,
+    networks={part: (*TINY.get(preset, (preset, (1000, 200))), compiler and "eager")
+              for part, (preset, _, compiler) in CUDA.networks.items()},
+    states=((4, 1000),), scaling=(1000, 2000), nfes=(1, 2), repeats=1, pictures=20,
+))  # fmt: skip
 
 
-def untrained(net: Equilibrium) -> Student:
+def medians(jobs: dict, where: Sizes) -> dict[str, float]:
+    """Seconds of each job, all taking turns, for ten seconds or a little longer."""
+    spent = interleaved(jobs, where.repeats, where.device, warmup=2, patience=10)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def example(preset: str, batch, where: Sizes) -> tuple[Equilibrium, Tensor, Tensor]:
+    """An untrained network; inputs and labels of an update."""
+    dtype = DTYPES.get(preset, torch.float32)  # of a graph
+    if preset in mdeq.PRESETS:
+        net: Equilibrium = mdeq.MDEQ(**mdeq.PRESETS[preset])
+        x, y = torch.randn(batch, *mdeq.PRESETS[preset]["image"]), torch.zeros(batch).long()
+    elif preset in transformer.PRESETS:
+        net = transformer.DEQTransformer(where.words, **transformer.PRESETS[preset])
+        x = y = torch.randint(where.words, (batch, 2 * where.segment))
+    elif preset in TASKS:
+        task = TASKS[preset](where.data)
+        net, (x, y) = task.network(vars(Config(preset="ignn"))), task.train.batch(torch.arange(1))
+    else:
+        edges, N = batch
+        # Squares of uniform numbers: the i-th node has a degree proportional to i^(-1/2).
+        graph = Graph((torch.rand(2, edges).square() * (N - 1)).long(), N, dtype=dtype)
+        x, y = torch.randn(1, N, 8, dtype=dtype), torch.zeros(1, N).long()
+        net = IGNN(graph, features=8, classes=8, width=64)
+    net = net.eval().requires_grad_(False).to(where.device, dtype)
+    return net, x.to(where.device), y.to(where.device)
+
+
+def untrained(net: Equilibrium, **options) -> Student:
     """A student as it starts; its speed is that of a trained one."""
-    return Student(net, TimeMap(rho=0.19, K=20)).eval().to(next(net.parameters()))
+    return Student(net, TIMES, **options).eval().to(next(net.parameters()))
 
 
 @torch.no_grad()
-def student_overhead(net: Equilibrium, x: Tensor, repeats: int, nfes=(1, 2, 8)) -> list[dict]:
-    """J-step inference against J bare evaluations of f: the ratio of their seconds."""
-    student = untrained(net)
-    u = net.inject(x)
-    z0 = net.initial(u)
+def solve(method: str, net: Equilibrium, student: Student, u, J: int) -> Tensor:
+    """The state after J steps of the student, of a solver, or of f alone."""
+    z, f, options = net.initial(u), lambda z: net.f(z, u), dict(sample_dims=net.sample_dims)
+    if method == "cdeq":
+        return cdeq(student, z, u, J, DECAY, last=True)
+    if method != "f":
+        return {"anderson": anderson, "picard": picard}[method](f, z, J, last=True, **options)
+    for _ in range(J):
+        z = f(z)
+    return z
 
-    @parametrize.cached()  # as the student, which has its weights folded
-    def bare(J: int) -> Tensor:
-        z = z0
-        for _ in range(J):
-            z = net.f(z, u)
-        return z
 
-    rows = []
-    for J in nfes:
-        jobs = {"cdeq": lambda J=J: cdeq(student, z0, u, J, 0.8, True), "f": lambda J=J: bare(J)}
-        warmup = 1 + min(100, repeats // 8) // J
-        spent = interleaved(jobs, max(5, repeats // J), z0.device, warmup=warmup)
-        ratio = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
-        medians = {key: statistics.median(times) for key, times in spent.items()}
-        rows.append({"J": J, "batch": len(x), "seconds": medians, "ratio": ratio})
+@nn.utils.parametrize.cached()  # as the student, which has its weights folded
+def answers(net: Equilibrium, x: Tensor, where: Sizes) -> list[dict]:
+    """By J: seconds and peak bytes of every method, from the injected input to the state; and the
+    seconds of J steps of the student against those of J evaluations of f."""
+    student, u, rows = untrained(net), net.inject(x), []
+    samples = net.initial(u).shape[: net.sample_dims].numel()
+    for J in where.nfes:
+        jobs = {name: partial(solve, name, net, student, u, J) for name in METHODS}
+        seconds = medians(jobs, where)
+        peaks = {name: peak_memory(job, where.device) for name, job in jobs.items()}
+        rows.append({"J": J, "seconds": seconds, "ratio": seconds["cdeq"] / seconds["f"]})
+        rows[-1] |= {"samples_per_second": samples / seconds["cdeq"], "peak_bytes": peaks}
     return rows
 
 
-def digits_step() -> list[dict]:
-    """`student_overhead` on the default task."""
-    task = TASKS["digits"](Path("data"))
-    net = task.network({"preset": task.presets[0]}).eval()
-    return student_overhead(net, task.train.batch(torch.arange(128))[0], 800)
-
-
-def example(preset: str, batch: int, words: int = 33_278) -> tuple[Equilibrium, Tensor, int]:
-    """An untrained network with an input, images of its preset's size or 150 words of a vocabulary
-    as large as WikiText-2's; and FLOPs of one f on that input."""
-    from models import mdeq, transformer
-
-    torch.manual_seed(0)
-    if preset in mdeq.PRESETS:
-        sizes = mdeq.PRESETS[preset]
-        net, x = mdeq.MDEQ(**sizes), torch.randn(batch, *sizes["image"])
+def floor(net: Equilibrium, x: Tensor, where: Sizes) -> dict:
+    """Seconds of f, and what it takes at least: its FLOPs at the rate of a matrix product or, on a
+    graph, the bare sparse and the bare dense product; and what its attention is made of."""
+    u = net.inject(x)
+    z = torch.rand_like(net.initial(u))
+    if isinstance(net, IGNN):
+        (A, _), W = net.cell.graph.matrices(x.device), net.cell.W
+        jobs, share = {"sparse": lambda: A @ z[0], "dense": lambda: z[0] @ W}, 1.0
     else:
-        net = transformer.DEQTransformer(words, **transformer.PRESETS[preset])
-        x = torch.randint(words, (batch, 150))
-    u = net.eval().inject(x)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.f(net.initial(u), u)
-    return net, x, counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            net.f(z, u)
+        A = torch.randn(where.product, where.product, dtype=where.dtype, device=x.device)
+        jobs, share = {"matmul": lambda: A @ A}, counter.get_total_flops() / 2 / len(A) ** 3
+    seconds = medians({"f": lambda: net.f(z, u)} | jobs, where)
+    least = share * sum(seconds[name] for name in jobs)
+    seen = [name for name in profiled(lambda: net.f(z, u)) if re.search("attention|fmha", name)]
+    return {"seconds": seconds, "floor": least, "ratio": seconds["f"] / least, "attention": seen}
 
 
-@torch.no_grad()
-def preset_step(preset: str, batch: int, nfes: tuple[int, ...], repeats: int = 16) -> dict:
-    """`student_overhead`; FLOPs a second of f as a share of a matrix product's; and the most bytes
-    that one answer of the student and of Anderson takes by NFE, network and input included."""
-    net, x, flops = example(preset, batch)
-    rows = student_overhead(net, x, repeats)
-    A = torch.randn(2048, 2048)
-    product = statistics.median(interleaved({"": lambda: A @ A}, 9, A.device)[""])
-    code = "from evidence import speed; print(speed.answer_peak({!r}, {}, {}, {!r}))"
-    return {
-        "preset": preset,
-        "student_step": rows,
-        "matmul_share": flops / rows[0]["seconds"]["f"] / (2 * 2048**3 / product),
-        "answer_peak_bytes": {
-            method: {nfe: float(fresh(code.format(preset, batch, nfe, method))) for nfe in nfes}
-            for method in ("cdeq", "anderson")
-        },
+def host_waits(net: Equilibrium, x: Tensor, where: Sizes) -> dict[str, float]:
+    """Waits of the host per step: what a solve of 12 steps has beyond one of 4, divided by 8. On a
+    CPU, torch checks the pivots of Anderson's two systems, and a graph's f whether z is 0."""
+    student, u, found = untrained(net), net.inject(x), {}
+    for name in METHODS:
+        solves = (profiled(partial(solve, name, net, student, u, J)).items() for J in (4, 12))
+        short, long = (sum(n for key, n in seen if re.fullmatch(WAITS, key)) for seen in solves)
+        found[name] = (long - short) / 8
+    return found
+
+
+def profiled(job: Callable) -> dict[str, int]:
+    """How often each operation, CUDA call and kernel occurs in a job, by name."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own messages
+    job()
+    with torch.profiler.profile() as seen:
+        job()
+    return {event.key: event.count for event in seen.key_averages()}
+
+
+def network(preset: str, batch, compiler: str, where: Sizes) -> dict:
+    """`floor`, `host_waits`, `answers`; and `cost` of updates of a teacher and a student, of the
+    solve of a batch and of an answer of eight steps. Compiled: of a teacher and an answer alone."""
+    net, x, y = example(preset, batch, where)
+    bf16 = where.dtype == torch.bfloat16 and not isinstance(net, IGNN)
+    half = torch.autocast(where.device.type, torch.bfloat16, enabled=bf16)
+    past = where.segment if net.sample_dims > 1 else 0
+    short, found = x[:, past:], {"preset": preset, "batch": batch}
+    parts = {"floor": floor, "host_waits_per_step": host_waits, "student_step": answers}
+    for name in () if compiler else parts:
+        found[name] = attempt(half(partial(parts[name], net, short)), where)
+    pupil = copy.deepcopy(net).train().requires_grad_(True)
+    student = untrained(net, anderson=False, own_injection=True, start=True)
+    (before, layers, K), dtype = TRAINING[type(net)], next(net.parameters()).dtype
+    with torch.no_grad(), half:
+        u, z_K = net.inject(short), net.initial(net.inject(x)).to(dtype) + 1
+    many, few = (z.shape[: net.sample_dims].numel() for z in (z_K, net.initial(u)))
+    teacher = TeacherBatch(x, y, before, layers)
+    own = OwnRunBatch(x, z_K, TIMES.schedule(RUN, DECAY), past)
+    jobs = {
+        "teacher_update": (update(TeacherLoss(pupil), teacher, half), many),
+        "answer": (half(partial(solve, "cdeq", net, student, u, 8)), few),
+        "student_update": (update(OwnRun(net, student), own, half), many),
+        "solve": (half(partial(sample, net, x, K, ends=True)), many),
     }
+    if compiler:
+        del jobs["student_update"], jobs["solve"]
+        torch.compiler.reset()  # each network has the room for compiled variants to itself
+        pupil.cell.compile(backend=compiler), student.cell.compile(backend=compiler)
+    return found | {name: attempt(partial(cost, *job), where) for name, job in jobs.items()}
 
 
-@torch.no_grad()
-def answer_peak(preset: str, batch: int, nfe: int, method: str) -> int:
-    """Peak memory in bytes of a process that answers once, from the input to logits or, for a
-    text, to the likelihoods of its words."""
-    net, x, _ = example(preset, batch)
-    student, text = untrained(net), net.sample_dims > 1
+def update(loss: nn.Module, batch, half: torch.autocast) -> Callable[[], None]:
+    """An update, by Adam, of what a loss module trains."""
+    optimizer = torch.optim.AdamW((p for p in loss.parameters() if p.requires_grad), lr=1e-6)
 
     def job() -> None:
-        u = net.inject(x)
-        if method == "cdeq":
-            z = cdeq(student, net.initial(u), u, nfe, 0.8, True)
-        else:
-            f = lambda z: net.f(z, u)  # noqa: E731
-            z = anderson(f, net.initial(u), nfe, sample_dims=net.sample_dims, last=True)
-        net.nll(z, x) if text else net.head(z)
+        sum(half(loss)(batch).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    job()
-    return peak_memory(job, x.device)
+    return job
 
 
-def fresh(code: str) -> str:
-    """What this code prints in a process of its own."""
-    here = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout
+def cost(job: Callable, count: int, where: Sizes) -> dict:
+    seconds, peak = medians({"": job}, where)[""], peak_memory(job, where.device)
+    return {"seconds": seconds, "samples_per_second": count / seconds, "peak_bytes": peak}
 
 
-@torch.no_grad()
-def graph_step(graph, d: int, repeats: int = 5, device=CPU, dtype=torch.float32) -> dict:
-    """Seconds of IGNN's f at width d, its floor (the bare sparse and the bare dense product, each
-    alone) and Anderson's share of a step."""
-    from models.ignn import GraphCell
-
-    cell, (A, _) = GraphCell(graph, d, 0.95).to(device, dtype), graph.matrices(device)
-    z, u = torch.randn(2, 1, graph.N, d, device=device, dtype=dtype)
-    W = cell.W.detach()
-    jobs = {
-        "f": lambda: cell(z, u),
-        "sparse": lambda: A @ z[0],
-        "dense": lambda: z[0] @ W,
-        "anderson": lambda: anderson(lambda z: z, z, 12, last=True),
-    }
-    spent = interleaved(jobs, repeats, z.device)
-    seconds = {key: statistics.median(times) for key, times in spent.items()}
-    seconds["anderson"] /= 12
-    floor = seconds["sparse"] + seconds["dense"]
-    return {
-        "nodes": graph.N,
-        "edges": graph.edges,
-        "width": d,
-        "seconds": seconds,
-        "ratio": seconds["f"] / floor,
-        "anderson": seconds["anderson"] / seconds["f"],
-    }
+def attempt(measure: Callable, where: Sizes):
+    """What is found, or why nothing is: too little memory, no such product, a diverged solve."""
+    try:
+        return measure(where)
+    except (RuntimeError, FloatingPointError) as error:
+        return {"not_measured": str(error).splitlines()[0]}
 
 
-def graph_scaling(edges=(10**4, 10**5, 10**6, 10**7), d: int = 64) -> list[dict]:
-    """`graph_step` on random graphs with ten neighbours a node."""
-    from models.ignn import Graph
-
-    return [graph_step(Graph(torch.randint(E // 10, (2, E // 2)), E // 10), d) for E in edges]
-
-
-def arxiv(data: Path, d: int = 128) -> dict | None:
-    """On ogbn-arxiv at width d: `graph_step`; the most bytes that train.py takes (two updates of
-    the teacher, six of the student, trajectories in bf16, the choice of the schedule); and those of
-    one answer by NFE. None without the data."""
-    if not (data / "ogbn_arxiv").exists():
-        print(f"{data} has no ogbn_arxiv: not measured", file=sys.stderr)
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--task", "ogbn-arxiv", "--data", str(data), "--out", folder, "--width", str(d)]
-        flags += ["--teacher_steps", "2", "--student_steps", "6", "--cache_dtype", "bf16"]
-        for stage in ("teacher", "student"):
-            train("train", *flags, "--stage", stage)
-        run = runs.open_run(Path(folder), device="cpu")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    none = Rivals({}, {}, {})
-    table, nfes = methods(run, none), (1, 2, 20)
-    spent = cost(run, none, table, {(name, nfe) for name in table for nfe in nfes}, 1)
-    answer = {name: {nfe: spent[name, nfe][1] for nfe in nfes} for name in table}
-    step = graph_step(run.teacher.cell.graph, d)
-    return {**step, "training_peak_bytes": peak, "answer_peak_bytes": answer}
+def solver_overhead(where: Sizes, shape: tuple[int, int], K: int = 12, m: int = 6) -> dict:
+    """Seconds per step of our Anderson and, if installed, torchdeq's; their floor, 2 m + 7 passes
+    over the state, of which a copy makes two; the states that ours holds beyond z_0 and f's."""
+    z0, spare, *ready = torch.randn(5, *shape, device=where.device)
+    states = itertools.cycle(ready)
+    f = lambda z: next(states)  # noqa: E731 - costs nothing
+    jobs = {"ours": partial(anderson, f, z0, K, m=m, last=True), "copy": partial(spare.copy_, z0)}
+    if importlib.util.find_spec("torchdeq"):
+        peer = importlib.import_module("torchdeq.solver.anderson").anderson_solver
+        jobs["torchdeq"] = partial(peer, f, z0, max_iter=K, m=m, tol=0.0, return_final=True)
+    spent = medians(jobs, where)
+    found = {"shape": shape, "passes_floor_seconds": (2 * m + 7) * spent.pop("copy") / 2}
+    found["seconds_per_step"] = {name: seconds / K for name, seconds in spent.items()}
+    before, most = (peak_memory(job, where.device) for job in (lambda: None, jobs["ours"]))
+    return found | {"window_states": before and (most - before) / z0.nbytes}
 
 
-def scaling_figure(rows: list[dict], path: Path) -> None:
-    canvas, (axis,) = canvas_of(1)
-    edges = [row["edges"] for row in rows]
-    axis.loglog(edges, [row["seconds"]["f"] for row in rows], marker="o", label="one evaluation")
-    first = rows[-1]["seconds"]["f"] / edges[-1]
-    axis.loglog(edges, [first * E for E in edges], linestyle=":", color="gray", label="linear")
-    axis.set(xlabel="edges (both directions, self-loops)", ylabel="seconds", title="IGNN, f")
-    axis.legend()
-    save(canvas, path)
+def graph_scaling(where: Sizes) -> list[dict]:
+    """`floor` of random graphs with ten neighbours a node."""
+    graphs = (example("fp32", (E // 2, E // 10), where) for E in where.scaling)
+    rows = [{"edges": net.cell.graph.edges, **floor(net, x, where)} for net, x, _ in graphs]
+    scaling_figure(rows, where.results / "speed-graphs.png")
+    return rows
 
 
-def solver_overheads(shapes=((32, 188_160), (1, 21_700_000)), **where) -> list[dict] | None:
-    """`solver_overhead` on the states of an MDEQ and of a graph; None without torchdeq."""
-    if importlib.util.find_spec("torchdeq") is None:
-        print('torchdeq is missing (pip install ".[peers]"): not compared', file=sys.stderr)
-        return None
-    return [solver_overhead(shape, **where) for shape in shapes]
-
-
-def window() -> dict:
-    """`window_memory` in a process of its own."""
-    code = "from evidence import speed; print(speed.window_memory())"
-    return {"m": 6, "states": float(fresh(code))}
-
-
-# What is measured, in this order; each a part of the JSON.
 PARTS = {
-    "window_memory_states": lambda data: window(),
-    "student_step": lambda data: digits_step(),
-    "imagenet": lambda data: preset_step("imagenet-small", 4, (1, 2, 26)),
-    "text": lambda data: preset_step("transformer-small", 8, (1, 10, 20, 30, 40)),
-    "graph_scaling": lambda data: graph_scaling(),
-    "arxiv": arxiv,
-    "solver_overhead": lambda data: solver_overheads(),
+    "solver_overhead": lambda where: [solver_overhead(where, shape) for shape in where.states],
+    "graph_scaling": graph_scaling,
+    "reading": lambda where: reading(where.pictures),
 }
 
 
 def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where to write")
-    parser.add_argument("--only", choices=PARTS, help="one part, into speed-PART.json")
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    add("--dry", action="store_true", help="all that a GPU has, at tiny sizes on the CPU")
+    add("--only", metavar="PART", help="a part, by its name in the file")
+    add("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    add("--results", type=Path, default=Path("results"), help="where to write")
     args = parser.parse_args(argv)
-    torch.set_num_threads(2)
-    result = {**provenance(), "versions": versions(), "threads": 2, "dtype": "fp32"}
-    result |= {name: PARTS[name](args.data) for name in ([args.only] if args.only else PARTS)}
-    name = f"speed-{args.only}.json" if args.only else "speed.json"
-    with atomic(args.results / name) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
-    if "graph_scaling" in result:
-        scaling_figure(result["graph_scaling"], args.results / "speed-graphs.png")
+    name = "dry" if args.dry else args.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is there; --dry tries all on the CPU")
+    where = Sizes(**vars(args) | vars(dict(cpu=CPU, cuda=CUDA, dry=DRY)[name]))
+    parts = PARTS | {part: partial(network, *what) for part, what in where.networks.items()}
+    if not (args.data / "ogbn_arxiv").exists():
+        parts.pop("arxiv", None)
+    if args.only is not None:
+        require("--only", args.only, " | ".join(parts), choice=True)
+    device = torch.cuda.get_device_name() if name == "cuda" else "cpu"
+    here = provenance() | dict(device=device, threads=torch.get_num_threads(), versions=versions())
+    path = args.results / ("speed.json" if name == "cpu" else f"speed-{name}.json")
+    result = {"measured": {}} | (json.loads(path.read_text()) if path.exists() else provenance())
+    for part in parts if args.only is None else [args.only]:
+        if result["measured"].get(part, {}) | {"command": here["command"]} == here:
+            continue
+        print(part, file=sys.stderr)
+        torch.manual_seed(0)
+        result[part], result["measured"][part] = attempt(parts[part], where), here
+        with atomic(path) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
     print(json.dumps(result, indent=1))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import io
 import itertools
 import json
 import re
@@ -11,6 +10,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,13 +82,6 @@ def small_world(folder: Path) -> None:
         shutil.copy(ROOT / page, folder)
 
 
-def printed(code: str) -> str:
-    """What this code prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
     """A folder of these files to work in; small networks under the presets' names."""
@@ -101,9 +94,7 @@ def world(tmp_path_factory):
         short_measurements(patch)
         # In this process, where the stand-ins are.
         patch.setattr(compare, "train", in_this_process)
-        patch.setattr(speed, "train", in_this_process)
         patch.setattr(contraction, "train", in_this_process)
-        patch.setattr(speed, "fresh", printed)
         patch.setattr(tables, "ROOT", folder)
         yield folder
 
@@ -153,14 +144,12 @@ def short_measurements(patch) -> None:
     patch.setattr(contraction, "KAPPA", contraction.KAPPA[:2])
     for name in ("GRID", "ABLATIONS", "TEACHERS"):
         patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
-    rounds, overhead, scaling = timing.interleaved, speed.solver_overhead, speed.graph_scaling
+    rounds = timing.interleaved
     for module in (timing, speed, chains):
         once = lambda jobs, n, *device, **_: rounds(jobs, 1, *device)  # noqa: E731
         patch.setattr(module, "interleaved", once)
-    example = speed.example
-    patch.setattr(speed, "example", lambda preset, batch: example(preset, 1))
-    patch.setattr(speed, "solver_overhead", lambda shape: overhead((4, 1000), repeats=1))
-    patch.setattr(speed, "graph_scaling", lambda: scaling([1000, 2000], 8))
+    tiny = vars(speed.DRY) | {"networks": speed.CPU.networks, "dtype": torch.float32}
+    patch.setattr(speed, "CPU", SimpleNamespace(**tiny))
 
 
 def test_the_readme_has_commands():
@@ -205,7 +194,9 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "chains.png").exists()
     elif script == "evidence.speed":
         main(flags)
-        assert speed.PARTS.keys() < json.loads(Path("results/speed.json").read_text()).keys()
+        found = json.loads(Path("results/speed.json").read_text())
+        assert found["measured"].keys() == speed.PARTS.keys() | speed.CPU.networks.keys()
+        assert "not_measured" not in json.dumps(found)
     else:
         if not Path(asked["--run"], "student.pt").exists():
             data = ["--data", "data"]

@@ -14,9 +14,10 @@ import runs
 import train
 import trajectories
 from config import TASKS, Config, parse
-from evidence import reading, scale
+from evidence import scale
 from evidence.evaluate import evaluate
 from evidence.methods import methods
+from evidence.reading import reading
 from evidence.rivals import Rivals
 from fpode import TimeMap
 from models import mdeq, transformer
@@ -32,7 +33,7 @@ def test_the_page_has_the_table_that_is_printed():
     page = (ROOT / "docs" / "scale.md").read_text()
     assert f"<!-- scale -->\n{scale.table()}\n<!-- end -->" in page
     assert len(page.splitlines()) <= 90 and "nothing was measured on a GPU" in page
-    assert f"| {scale.READING['per_second']:.0f} |" in page
+    assert f"| {scale.SPEED['reading']['per_second']:.0f} |" in page
 
 
 @pytest.mark.parametrize("preset", scale.TASKS)
@@ -166,7 +167,7 @@ def test_an_evaluation_evaluates_f_as_often_as_counted():
     assert len(calls) == scale.evaluations(3, False, nfes=(1, 2))
 
 
-def test_pictures_are_read_at_some_rate(tmp_path):
-    size = reading.make(tmp_path, 3)
-    assert 50e3 < size < 200e3
-    assert reading.rate(tmp_path, 3) > 0
+def test_pictures_are_read_at_some_rate():
+    found = reading(3)
+    assert 50e3 < found["bytes"] < 200e3
+    assert found["per_second"] > 0
