@@ -26,7 +26,7 @@ gpu: .venv/.ready
 	$(BIN)/python -m evidence.speed --device cuda
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest tests/test_anderson.py tests/test_fpode.py tests/test_student.py \
