@@ -11,19 +11,20 @@ a teacher whose training failed is named and left out.
 """
 
 import argparse
-import json
+import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import runs
-from checkpoint import UsageError, atomic, plain_errors, provenance
+from checkpoint import UsageError, plain_errors, provenance
 from config import TASKS, command_line, open_task
+from evidence import tables
 from evidence.compare import train
 from evidence.figures import COLORS, canvas_of, save
 from evidence.measure import measure
 from evidence.rivals import Rivals, open_rivals
-from evidence.tables import table
-from tasks import graphs
+from tasks import Task, graphs
 
 KAPPA = tuple(("--kappa", value) for value in ("0.5", "0.8", "0.9", "0.95", "0.99"))
 JACOBIAN = tuple(("--jac_weight", value) for value in ("1", "0.3", "0.1", "0.03", "0"))
@@ -55,6 +56,7 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
     return {
         "setting": " ".join(setting),
         "seed": seed,
+        "device": found["device"],
         "contraction": found["teacher"]["contraction"],
         "value": found["teacher"]["value"],
         "nfe": {name: equal[name]["nfe"][0] for name in METHODS if name in equal},
@@ -62,35 +64,39 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
             name: before + equal[name]["seconds_per_batch"] for name in METHODS if name in equal
         },
         "student": {
-            nfe: {key: points["cdeq", nfe][key] for key in ("value", "distance")} for nfe in (1, 2)
+            str(nfe): {key: points["cdeq", nfe][key] for key in ("value", "distance")}
+            for nfe in (1, 2)
         },
     }
 
 
-def markdown(result: dict) -> str:
-    """The table of the study: a row for each teacher and seed."""
-    head = ["teacher", "seed", "error left by a step", result["metric"]]
-    head += [f"NFE of {name}" for name in METHODS]
-    head += ["C-DEQ at 1, 2", "distance", "seconds, Anderson's / C-DEQ's"]
-    rows = []
-    for one in result["rows"]:
-        student, ratio = one["student"].values(), ""
-        if {"anderson", "cdeq"} <= one["seconds"].keys():
-            ratio = f"{one['seconds']['anderson'] / one['seconds']['cdeq']:.1f}"
-        rows.append(
-            [
-                *(one["setting"], str(one["seed"]), f"{one['contraction']:.2f}"),
-                f"{one['value']:.2f}",
-                *(str(one["nfe"].get(name, "never")) for name in METHODS),
-                ", ".join(f"{point['value']:.2f}" for point in student),
-                ", ".join(f"{point['distance']:.2f}" for point in student),
-                ratio,
-            ]
-        )
-    lines = [f"# {result['task']}: evaluations needed by contraction", ""]
-    lines += [f"`{result['command']}` at commit {result['commit'][:12]}."]
-    title = f"as good as the converged teacher, within {result['margin']:g}"
-    return "\n".join(lines + table(title, head, rows)) + "\n"
+def study(task: Task, rows: list[dict]) -> dict:
+    """The study's tables, a column for each setting, from what is known of each teacher."""
+    settings = list(dict.fromkeys(one["setting"] for one in rows))
+
+    def by_setting(cell: Callable[[dict], object]) -> list[list]:
+        return [[cell(one) for one in rows if one["setting"] == setting] for setting in settings]
+
+    of_teacher = {
+        "error left by an Anderson step": lambda one: one["contraction"],
+        f"{task.metric}, converged": lambda one: one["value"],
+    }
+    for nfe, key in itertools.product(("1", "2"), ("value", "distance")):
+        name = task.metric if key == "value" else key
+        of_teacher[f"C-DEQ's {name} at NFE {nfe}"] = lambda one, n=nfe, k=key: one["student"][n][k]
+    needed = {m: by_setting(lambda one, m=m: str(one["nfe"].get(m, "never"))) for m in METHODS}
+    teachers = {name: by_setting(cell) for name, cell in of_teacher.items()}
+    title = f"NFE until as good as the converged teacher, within {task.margin:g}, by seed"
+    return dict(
+        study=f"{task.name}: evaluations needed by contraction",
+        seeds=sorted({one["seed"] for one in rows}),
+        device=rows[0]["device"],
+        parts=[
+            dict(title="teachers and their students", columns=settings, digits=2, cells=teachers),
+            dict(title=title, columns=settings, digits=0, cells=needed),
+        ],
+        rows=rows,
+    )
 
 
 def figure(result: dict, path: Path) -> None:
@@ -99,16 +105,17 @@ def figure(result: dict, path: Path) -> None:
     ordered = sorted(result["rows"], key=lambda one: one["contraction"])
     for name in METHODS:
         points = [one for one in ordered if name in one["nfe"]]
-        error = [one["contraction"] for one in points]
-        axis.plot(
-            error, [one["nfe"][name] for one in points], marker="o", color=COLORS[name], label=name
-        )
+        error, nfe = ([one["contraction"] for one in points], [one["nfe"][name] for one in points])
+        axis.plot(error, nfe, marker="o", color=COLORS[name], label=name)
     axis.set(
         xlabel="error left by an Anderson step",
         ylabel="evaluations to the teacher's metric",
-        yscale="log",
-        title=result["task"],
+        title=result["study"].partition(":")[0],
     )
+    ticks = [2**i for i in range(7)]
+    axis.set_yscale("log", base=2)
+    axis.set_yticks(ticks, map(str, ticks))
+    axis.grid(alpha=0.3)
     axis.legend()
     save(canvas, path)
 
@@ -121,7 +128,7 @@ def main(argv: list[str]) -> None:
     more = dict(nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     parser.add_argument("--flags", **more)
     args = parser.parse_args(argv)
-    rows, stem = [], args.results / f"{args.task}-contraction"
+    shown, rows, stem = "no teacher was trained", [], args.results / f"{args.task}-contraction"
     settings = KAPPA if args.task in graphs.TASKS else JACOBIAN
     for seed in args.seeds:
         for setting in settings:
@@ -130,20 +137,9 @@ def main(argv: list[str]) -> None:
             except UsageError as error:
                 print(f"{' '.join(setting)}, seed {seed}: left out, {error}", file=sys.stderr)
                 continue
-            task = open_task({"task": args.task})
-            result = dict(
-                task=args.task, metric=task.metric, margin=task.margin, rows=rows, **provenance()
-            )
-            write(result, stem)  # every finished row at once
-    print(markdown(result))
-
-
-def write(result: dict, stem: Path) -> None:
-    texts = {".json": json.dumps(result, indent=1) + "\n", ".md": markdown(result)}
-    for suffix, text in texts.items():
-        with atomic(stem.with_suffix(suffix)) as file:
-            file.write(text.encode())
-    figure(result, stem.with_suffix(".png"))
+            result = study(open_task({"task": args.task}), rows) | provenance()
+            shown = tables.write(result, stem, figure)  # every finished row at once
+    print(shown)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ def study(result: dict) -> str:
     lines = [f"# {result['study']}", "", f"Seeds {seeds}; {result['device']}."]
     lines.append(f"`{result['command']}` at commit {result['commit'][:12]}.")
 
-    def cell(values: list[float], digits: int) -> str:
-        if not values:
-            return ""
+    def cell(values: list, digits: int) -> str:
+        if not values or isinstance(values[0], str):  # counts, which have no mean
+            return ", ".join(values)
         std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.{digits}f}{std}"
 
