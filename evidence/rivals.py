@@ -104,7 +104,7 @@ def train_explicit(job: Job, name: str) -> None:
         runs.write_checkpoint(
             job, path, "explicit", step=config.teacher_steps, model=net.state_dict()
         )
-        runs.say(job, f"{path}: torchvision's weights, not trained here")
+        runs.say(job, f"{path}: published weights, not trained here")
         return
     options = dict(lr=config.teacher_lr, weight_decay=config.teacher_decay)
     stage = train.Stage(

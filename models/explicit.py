@@ -1,7 +1,8 @@
 r"""Explicit networks: the finite-depth references of Tables 2 and 3, from well-kept libraries.
 
-Images: torchvision's networks, trained here or with torchvision's own ImageNet weights. It has no
-HRNet; resnet34 is the nearest in size to HRNet-W18 (21 M parameters).
+Images: torchvision's networks, and timm's HRNet-W18 where timm is installed, trained here or with
+the library's own ImageNet weights. Neither has Inception-V2; googlenet, its first version, is the
+nearest.
 Graphs: PyG's layers. Text: the layer of models/transformer.py, stacked with weights of its own in
 each, and a TCN (Bai et al., 2018), both between the same embedding and softmax as the DEQ's.
 
@@ -35,7 +36,7 @@ class Reference(nn.Module):
 
 
 class Vision(Reference):
-    """A torchvision network: x (B, colors, H, W) -> logits (B, classes)."""
+    """A network of torchvision or timm: x (B, colors, H, W) -> logits (B, classes)."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -49,24 +50,40 @@ class Vision(Reference):
         return F.cross_entropy(self(x).float(), y, reduction="none")
 
 
-def vision(name: str, settings: dict, classes: int) -> Vision:
-    """torchvision's network of this name; NAME-pretrained has its ImageNet weights."""
-    from torchvision.models import get_model
+TIMM = ("hrnet_w18",)  # what torchvision lacks
 
-    if name.endswith("-pretrained"):
-        if classes != 1000:
-            raise UsageError(f"{name}: torchvision's weights tell 1000 classes, not {classes}")
-        options = dict(weights="DEFAULT")
-    else:
-        options = dict(num_classes=classes)
-        if name in ("googlenet", "inception_v3"):
-            options |= dict(aux_logits=False, init_weights=True)
+
+def vision(name: str, settings: dict, classes: int) -> Vision:
+    """The library's network of this name; NAME-pretrained has its ImageNet weights."""
+    base, pretrained = name.removesuffix("-pretrained"), name.endswith("-pretrained")
+    if pretrained and classes != 1000:
+        raise UsageError(f"{name}: its weights tell 1000 classes, not {classes}")
     try:
-        return Vision(get_model(name.removesuffix("-pretrained"), **options))
-    except ValueError as error:
-        raise UsageError(f"explicit-{name}: torchvision has no such network") from error
+        return Vision((from_timm if base in TIMM else from_torchvision)(base, pretrained, classes))
     except OSError as error:
         raise UsageError(f"explicit-{name} cannot be downloaded ({error})") from error
+
+
+def from_timm(name: str, pretrained: bool, classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(
+            f'explicit-{name} needs timm, which is not installed: pip install ".[references]"'
+        ) from error
+    return timm.create_model(name, pretrained=pretrained, num_classes=classes)
+
+
+def from_torchvision(name: str, pretrained: bool, classes: int) -> nn.Module:
+    from torchvision.models import get_model
+
+    options = dict(weights="DEFAULT") if pretrained else dict(num_classes=classes)
+    if not pretrained and name in ("googlenet", "inception_v3"):
+        options |= dict(aux_logits=False, init_weights=True)
+    try:
+        return get_model(name, **options)
+    except ValueError as error:
+        raise UsageError(f"explicit-{name}: torchvision has no such network") from error
 
 
 class Explicit(Reference):

@@ -34,7 +34,7 @@ IMAGENET_SETTINGS = dict(
     teacher_steps=250_000, growing=0.5, before=18, K=26, student_steps=100_000,
     cache_dtype="bf16", chunk=64, save_every=1000, **PHOTOGRAPHS,
 )  # fmt: skip
-REFERENCES = ("alexnet", "googlenet", "resnet34")  # the nearest to HRNet-W18's 21 M parameters
+REFERENCES = ("alexnet", "googlenet", "resnet34")  # torchvision's; Table 2 has HRNet-W18, too
 
 
 def accuracy(logits: Tensor, y: Tensor, k: int = 1) -> Tensor:

@@ -5,6 +5,7 @@ Learned solvers are counted as all others; foreign weights are named in the tabl
 """
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from evidence.measure import measure, parameters
 from evidence.merge import merge
 from evidence.methods import methods
 from losses import TeacherLoss
-from models.explicit import EXPLICIT
+from models.explicit import EXPLICIT, TIMM
 from models.ignn import Graph
 from tasks import images
 
@@ -84,14 +85,27 @@ def test_a_learned_solver_has_its_rows(tmp_path):
         rivals.open_rivals(infer.open_run(tmp_path, device="cpu"))
 
 
-@pytest.mark.parametrize("name", ["alexnet", "googlenet", "resnet34"])
+@pytest.mark.parametrize("name", ["alexnet", "googlenet", "resnet34", "hrnet_w18"])
 def test_references_classify_pictures(name, tree):
+    if name in TIMM:
+        pytest.importorskip("timm", reason='needs timm: pip install ".[references]"')
     task = images.imagenette(tree, image_size=64)
     net = task.explicit(name, {}).eval()
     x, y = task.test.batch(torch.arange(4))
     assert net(x).shape == (4, 2) and net.nll(x, y).shape == (4,)
     with pytest.raises(UsageError, match="no such network"):
         task.explicit("nonsense", {})
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18", "hrnet_w18-pretrained"])
+def test_hrnet_without_timm_says_what_to_install(name, tree, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        UsageError, match=r'explicit-hrnet_w18 needs timm.*install "\.\[references]"'
+    ):
+        images.vision(name, {}, 1000)
+    with pytest.raises(UsageError, match="its weights tell 1000 classes, not 2"):
+        images.imagenette(tree).explicit("hrnet_w18-pretrained", {})
 
 
 def test_rows_of_foreign_weights_say_so(tree, tmp_path, monkeypatch):
