@@ -261,9 +261,9 @@ def summary(results: Path) -> list[str]:
         cells = {(r["method"], r["nfe"]): f"{r['value']:.1f}" for r in result["rows"] if r["nfe"]}
         shown = [[cells.get((name, nfe), "-") for nfe in (1, 2, 4)] for name in SUMMARY]
         if ("direct", 1) in cells:
-            few = f"{result['task']}, {len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}"
-            teacher = f"{result['teacher']['value']:.1f}"
-            rows.append([few, result["metric"], teacher, *(" / ".join(three) for three in shown)])
+            n, value = len(result["seeds"]), f"{result['teacher']['value']:.1f}"
+            name = f"{result.get('note') or result['task']}, {n} seed{'s' * (n > 1)}"
+            rows.append([name, result["metric"], value, *map(" / ".join, shown)])
     return table("", head, rows)[3:]
 
 
