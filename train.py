@@ -36,6 +36,7 @@ from fpode import contraction, propose_rho
 from models import Equilibrium
 from runs import Job
 from student import Student, update_ema
+from tasks import positions
 
 MU = 0.98  # of the running average phi^-
 OWN_MEMORY = 0.5  # share of the updates in which a text's memory is the student's own
@@ -87,10 +88,8 @@ def fit(job: Job, stage: Stage) -> None:
     first, every, unseen = runs.restore(job, stage), max(1, stage.steps // LINES), []
     module = runs.distributed(job, stage.loss)
     batches = stage.batches(range(first * A, stage.steps * A))
-    bar = tqdm(
-        range(first, stage.steps), stage.kind, stage.steps, initial=first, unit="update",
-        disable=None if job.rank == 0 else True,  # None: a bar on a terminal only
-    )  # fmt: skip
+    shown = dict(initial=first, unit="update", disable=job.rank > 0 or None)  # None: on a terminal
+    bar = tqdm(range(first, stage.steps), stage.kind, stage.steps, **shown)
     for step in bar:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, stage.steps)
@@ -227,12 +226,13 @@ def depth(config: Config, step: int) -> tuple[int, int]:
 def train_student(job: Job, teacher: Equilibrium) -> None:
     """A student by either recipe; `pick_decay` finishes it."""
     config, path = job.config, runs.student_path(job.folder, job.config.name)
-    if runs.finished(path, "student", config):
-        same_teacher(path, runs.read_checkpoint(job, path, "student"), teacher)
+    saved = runs.read_checkpoint(job, path, "student") or {}
+    if "decay" in saved:
+        same_teacher(path, saved, teacher)
         return
     paper, started = config.recipe == "paper", time.perf_counter()
     store = trajectories.make_store(job, teacher, ends=not paper)
-    student, ema, rho = fresh_student(job, teacher, store)
+    student, ema, rho = fresh_student(job, teacher, saved.get("rho"))
     if config.compile:  # copies of a compiled cell are not compiled
         student.cell.compile()
         ema.cell.compile()
@@ -260,19 +260,19 @@ def train_student(job: Job, teacher: Equilibrium) -> None:
         runs.log(job, solve_share=share)
 
 
-def fresh_student(job: Job, teacher: Equilibrium, store) -> tuple[Student, Student, float]:
-    """The student, its running average and its clock's rate, before the first update."""
-    config = job.config
-    x = store.batch(0)[0].to(job.device)
+def fresh_student(job: Job, teacher: Equilibrium, rho=None) -> tuple[Student, Student, float]:
+    """The student, its running average and its clock's rate, rho or measured, before any update."""
+    config, split = job.config, job.task.train
+    rows, _ = positions(len(split), 0, min(job.part, len(split), 128), config.seed)
+    x = split.batch(rows)[0].to(job.device)  # the same on every process
     rate = contraction(trajectories.sample(teacher, x, config.K, m=config.m), teacher.sample_dims)
-    rho = propose_rho(rate, config.K)
+    rho = rho or propose_rho(rate, config.K)
     runs.say(job, f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     runs.log(job, contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
     torch.manual_seed(config.seed)  # of the start's weights, whatever was drawn before
-    student = runs.build_student(teacher, settings, rho).to(job.device)  # Alg. 2, l. 1
-    ema = runs.build_student(teacher, settings, rho).to(job.device).requires_grad_(False)
-    ema.load_state_dict(student.state_dict())
+    student, ema = (runs.build_student(teacher, settings, rho).to(job.device) for _ in range(2))
+    ema.requires_grad_(False).load_state_dict(student.state_dict())  # Alg. 2, l. 1
     return student, ema, rho
 
 
