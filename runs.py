@@ -24,6 +24,7 @@ from checkpoint import UsageError, load, load_weights, provenance, same_data, sa
 from config import Config, environment, open_task, pick_device
 from fpode import TimeMap
 from models import Equilibrium
+from models.batch_norm import synchronise
 from models.published import adopt
 from student import Student
 from tasks import Task, positions
@@ -219,8 +220,7 @@ def distributed(job: Job, loss: nn.Module) -> nn.Module:
     """The loss module under DDP, if there are several processes. In bf16, gradients travel so."""
     if job.world == 1:
         return loss
-    if job.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(loss)
+    synchronise(loss, job.device)
     module = DistributedDataParallel(loss)
     if job.config.dtype == "bf16":
         module.register_comm_hook(None, bf16_compress_hook)

@@ -56,6 +56,19 @@ def gap(module, network, batch, dtype="fp32") -> float:
     return ((whole - parts).abs().max() / whole.abs().max()).item()
 
 
+def batch_norms() -> float:
+    """That of a teacher with BatchNorm, or the difference of its running statistics. In fp64: in
+    fp32, near its initial weights, it makes a third digit of a last one."""
+    net = MDEQ((1, 8, 8), 10, channels=(8, 8), head=(4, 4), final=16, batch_norm=True).double()
+    batch = TeacherBatch(torch.randn(8, 1, 8, 8).double(), torch.arange(8), 2, 2)
+    twin = copy.deepcopy(net)
+    found = gap(TeacherLoss(net), net, batch)  # updates them twice
+    for _ in range(2):
+        gradients(TeacherLoss(twin), twin, batch)
+    pairs = zip(net.buffers(), twin.buffers(), strict=True)
+    return max(found, *((a - b).abs().max().item() for a, b in pairs))
+
+
 def gaps(net, x, y, past=()) -> list[float]:
     """Those of a teacher and of its students by both recipes; past: arguments for the memory."""
     plain, ours = (Student(net, TimeMap(rho=0.3, K=6), start=start) for start in (False, True))
@@ -78,6 +91,7 @@ def main(folder: str) -> None:
     found = gaps(net, torch.randn(8, 1, 8, 8), torch.arange(8))
     net = DEQTransformer(40, 16, 2, 24, (20,), segment=5, memory=5)
     found += gaps(net, *torch.randint(40, (2, 8, 10)), (5, True))  # half of a window is memory
+    found.append(batch_norms())
     half = gap(TeacherLoss(net), net, TeacherBatch(*torch.randint(40, (2, 8, 10)), 2, 2), "bf16")
     run = infer.open_run(Path(folder), device="cpu")
     odd = Split(run.task.test.x[:101], run.task.test.y[:101])  # 101 samples: no even split
