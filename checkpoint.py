@@ -158,8 +158,9 @@ def provenance() -> dict:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    world = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc_per_node={world}" if world else "python"
+    local, nodes = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    many = f"--nnodes={nodes} " * (nodes not in (None, "1"))
+    launcher = f"torchrun {many}--nproc_per_node={local}" if local else "python"
     script = Path(sys.argv[0])
     module = script.parent.name == "evidence"
     program = f"-m evidence.{script.stem}" if module else script.name

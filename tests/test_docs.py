@@ -142,3 +142,5 @@ def test_a_result_names_its_launcher(monkeypatch):
     assert provenance()["command"].startswith("python ")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert provenance()["command"].startswith("torchrun --nproc_per_node=2 ")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    assert provenance()["command"].startswith("torchrun --nnodes=3 --nproc_per_node=2 ")
