@@ -1,6 +1,6 @@
 """Eight processes, killed in every stage and followed by two nodes, against one process.
 
-    python tests/eight.py [FOLDER]     a quarter of an hour of two cores; FOLDER: keeps both runs
+    python tests/eight.py [FOLDER]     twenty minutes of two busy cores; FOLDER: keeps both runs
 
 A network of --task imagenet on small pictures, on the CPU. Eight processes under torchrun begin the
 teacher, the student and the report; in the middle of each, SIGKILL ends them and their launcher,
