@@ -145,8 +145,10 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Software that a number depends on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+    """Software that a number depends on, the driver of a GPU among it."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    driver = Path("/proc/driver/nvidia/version")
+    return found | ({"driver": driver.read_text().splitlines()[0]} if driver.exists() else {})
 
 
 def provenance() -> dict:

@@ -106,8 +106,10 @@ class GraphStart(nn.Module):
 
 
 class GraphCell(Cell):
-    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d). far: its
-    start makes so many jumps of 1, 2, 4, .. hops, and costs far more than a start may elsewhere."""
+    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d).
+
+    far: its start makes so many jumps of 1, 2, 4, .. hops, and costs more than one elsewhere may.
+    """
 
     def __init__(self, graph: Graph, d: int, kappa: float, far: int = 0):
         super().__init__()

@@ -8,7 +8,8 @@ weights in place of the least squares, and with a learned start in place of z_0 
     a, beta = networks of the residuals f(z_i) - z_i, each compressed to 20 numbers; sum_i a_i = 1
 
 f is the teacher's, frozen; no labels are used. The initialiser is a small convolution (images,
-sequences: a causal one) or two linear maps (graphs). IGNN-Solver's compression is a graph network.
+sequences: a causal one) or two linear maps with hops between them (graphs). IGNN-Solver's
+compression is a graph network.
 
 Shapes: z (B, state...), P problems of sample_dims leading dimensions, each with a and beta of its
 own, as in anderson.py. NFE counts f. The start is at most a quarter of it, on graphs half (a test
