@@ -103,7 +103,7 @@ def digits_hard(data: Path) -> Task:
         parts.append(Split(*views.batch(seeds, seeds), draws=DRAWS))
     return image_task(
         "digits-hard", *parts, tuple("0123456789"), read=read_digit, family="digits",
-        defaults=dict(teacher_steps=2000, store="rolling", save_every=100),  # new views all along
+        defaults=dict(teacher_steps=3000, store="rolling", save_every=100),  # new views all along
     )  # fmt: skip
 
 
