@@ -1,14 +1,19 @@
 r"""Side by side: every method at equal NFE, over seeds, with time and memory; ablations.
 
-    python -m evidence.compare --task digits --seeds 0 1 2     its table -> results/digits.json
-    python -m evidence.compare --task docstrings --tables 4    loss weights -> docstrings-grid.json
-    python -m evidence.compare --task digits --figures 3       Anderson step -> digits-aa.json
-    python -m evidence.compare --task digits --ablation        our recipe -> digits-ablation.json
-    python -m evidence.compare --task digits --teachers        its training -> -teachers.json
+    python -m evidence.compare --task digits --seeds 0 1 2            -> results/digits.json
+    python -m evidence.compare --task digits --part ablation aa       -> digits-ablation.json, ...
     torchrun --nproc_per_node=2 -m evidence.compare --task wikitext2 --finished    two processes
 
-Each run that is missing is trained first, by the commands of train.py and evidence/rivals.py.
-Beside every JSON stand the same numbers as a Markdown table and a figure.
+Parts of the results, each with tables of its own:
+
+    main      all methods: Tables 1-3 and 5, Fig. 2
+    grid      the loss weights of the paper's recipe: Table 4
+    aa        with and without the Anderson step of Eq. 7: Fig. 3
+    ablation  each ingredient of the default recipe removed in turn
+    teachers  teachers with an ingredient of their training changed
+
+A run that is missing is trained first, by the commands of train.py and evidence/rivals.py. Each
+JSON file comes with the same numbers as a Markdown table and a figure.
 """
 
 import argparse
@@ -30,7 +35,7 @@ from evidence.methods import methods
 from evidence.rivals import Rivals, open_rivals
 from evidence.tables import LAM1, LAM2, write
 from runs import Run
-from tasks import Task, chains, graphs, text
+from tasks import Task
 
 ROOT = Path(__file__).parents[1]
 # Each ingredient of the default recipe removed in turn.
@@ -65,17 +70,15 @@ TEACHERS = {
     "teacher-not-growing": ["--growing", "0"],
     "teacher-jacobian": ["--jac_weight", "0.2"],
 }
-# Students beside the default one in a task's own table.
-BESIDE = {"paper": ["--recipe", "paper"]}
-# What the files of results/ are called, and the numbers of the paper that are in them.
-TABLES = {1: "", 2: "", 3: "", 4: "grid", 5: ""}
-FIGURES = {2: "", 3: "aa"}
-
-
-def students(part: str) -> dict[str, list[str]]:
-    """The students of a part of the results, by name, with their flags for train.py."""
-    own = {"": BESIDE, "aa": AA, "ablation": ABLATIONS, "teachers": {}}
-    return GRID if part == "grid" else {"": []} | own[part]
+# Students of each part of the results, by name, with their flags for train.py.
+DEFAULT = {"": []}
+STUDENTS = {
+    "main": DEFAULT | {"paper": ["--recipe", "paper"]},
+    "grid": GRID,
+    "aa": DEFAULT | AA,
+    "ablation": DEFAULT | ABLATIONS,
+    "teachers": DEFAULT,
+}
 
 
 def train(module: str, *flags: str) -> None:
@@ -97,10 +100,10 @@ def train_seed(task: Task, part: str, flags: list[str], folder: Path) -> None:
     """Every run that one seed's part of a table needs; flags: for train.py."""
     here = [*flags, "--out", str(folder)]
     train("train", *here, "--stage", "teacher")
-    for name, more in students(part).items():
+    for name, more in STUDENTS[part].items():
         named = ["--name", name] if name not in ("", "paper") else []
         train("train", *here, "--stage", "student", *more, *named)
-    if not part:
+    if part == "main":
         kinds = [f"direct-{J}" for J in task.directs]
         kinds += [*task.learned, *(f"explicit-{name}" for name in task.references)]
         for kind in kinds:
@@ -115,16 +118,16 @@ def train_seed(task: Task, part: str, flags: list[str], folder: Path) -> None:
 
 def teachers(task: Task, part: str) -> tuple[str, ...]:
     """The teachers that a part has beside the first one: other networks, or otherwise trained."""
-    return {"": task.rivals, "teachers": tuple(TEACHERS)}.get(part, ())
+    return {"main": task.rivals, "teachers": tuple(TEACHERS)}.get(part, ())
 
 
 def seed_report(task: Task, part: str, folder: Path) -> dict:
     """One seed's part of a table, of what is finished in its folders; what is missing is said."""
     run = runs.open_run(folder)
-    wanted, rivals = students(part), Rivals({}, {}, {})
+    wanted, rivals = STUDENTS[part], Rivals({}, {}, {})
     missing = [f"student {name}".strip() for name in wanted if name not in run.students]
     run.students = {name: run.students[name] for name in wanted if name in run.students}
-    if not part:
+    if part == "main":
         rivals = open_rivals(run)
         there = {"direct": task.directs, "learned": task.learned, "explicit": task.references}
         for kind, names in there.items():
@@ -160,24 +163,19 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), default="digits")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--tables", type=int, nargs="+", default=[], help="the paper's, 1 to 5: 1 of a text, 2 of "
-        "images, 3 of a graph, 4 loss weights, 5 memory by NFE")  # fmt: skip
-    add("--figures", type=int, nargs="+", default=[], help="2: residual by NFE; 3: Anderson step")
-    add("--ablation", action="store_true", help="each ingredient of the recipe removed in turn")
-    add("--teachers", action="store_true", help="teachers with an ingredient changed")
+    add("--part", choices=[*STUDENTS], nargs="+", default=["main"], help="what to make")
     add("--finished", action="store_true", help="train nothing, report what is there")
     add("--results", type=Path, default=Path("results"), help="where to write")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
     if len({*args.seeds}) < len(args.seeds) or min(args.seeds) < 0:
         raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: each once, and >= 0")
-    parts = wanted_parts(args)
     if "RANK" in os.environ:
         if not args.finished:
             raise UsageError("under torchrun, compare trains nothing: add --finished")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _, task = parse(["--task", args.task, *args.flags])
-    for part in parts:
+    for part in dict.fromkeys(args.part):
         folders = {seed: Path(f"runs/{args.task}-seed{seed}") for seed in args.seeds}
         for seed, folder in folders.items():
             if not args.finished:
@@ -185,25 +183,9 @@ def main(argv: list[str]) -> None:
                 train_seed(task, part, flags, folder)
         reports = [seed_report(task, part, folder) for folder in folders.values()]
         if ranks()[0] == 0:  # the one that measured times
-            stem = args.results / (f"{args.task}-{part}" if part else args.task)
+            stem = args.results / (args.task if part == "main" else f"{args.task}-{part}")
             print(write(merge(reports), stem))
     runs.leave()
-
-
-def wanted_parts(args) -> list[str]:
-    """The parts of the results that a command line asks for; UsageError where there is no such."""
-    own = 1 if args.task in text.TASKS else 3 if args.task in graphs.TASKS | chains.TASKS else 2
-    for flag, numbers, known in (
-        ("--tables", args.tables, {number: TABLES[number] for number in (own, 4, 5)}),
-        ("--figures", args.figures, FIGURES),
-    ):
-        for number in numbers:
-            if number not in known:
-                allowed = " | ".join(map(str, known))
-                raise UsageError(f"{flag} {number}: of {args.task}, allowed is {allowed}")
-    parts = [TABLES[n] for n in args.tables] + [FIGURES[n] for n in args.figures]
-    parts += [part for part in ("ablation", "teachers") if getattr(args, part)]
-    return list(dict.fromkeys(parts)) or [""]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The tables: what counts as equal, what is merged, what stays empty."""
 
 import dataclasses
-from argparse import Namespace
 
 import pytest
 import torch
@@ -95,20 +94,13 @@ def test_a_jump_then_the_solver(run):
     assert torch.allclose(states[1:], expected, atol=1e-6)
 
 
-def test_the_papers_tables_and_figures_are_parts_of_the_results():
-    """One table holds several of them; those of other data are refused."""
-
-    def parts(task, tables, figures):
-        wanted = dict(tables=tables, figures=figures, ablation=False, teachers=False)
-        return compare.wanted_parts(Namespace(task=task, **wanted))
-
-    assert parts("docstrings", [1, 4, 5], [2, 3]) == ["", "grid", "aa"]
-    assert parts("cora", [3], []) == parts("cora", [], []) == [""]
-    for bad in (("digits", [1], []), ("cora", [2], []), ("docstrings", [], [1])):
-        with pytest.raises(UsageError, match="allowed is"):
-            parts(*bad)
-    assert [*compare.students("aa")] == ["", "anderson", "paper", "paper-no-anderson"]
-    assert [*compare.students("")] == ["", "paper"] and len(compare.GRID) == 12
+def test_parts_of_the_results_have_their_students():
+    """Fig. 3 compares both recipes with and without the Anderson step; Table 4 has 6 x 2 weights;
+    an unknown part is refused."""
+    assert [*compare.STUDENTS["aa"]] == ["", "anderson", "paper", "paper-no-anderson"]
+    assert [*compare.STUDENTS["main"]] == ["", "paper"] and len(compare.GRID) == 12
+    with pytest.raises(UsageError, match="--part: invalid choice: 'table'"):
+        compare.main(["--part", "table"])
 
 
 def test_a_seed_counts_once():

@@ -35,10 +35,10 @@ COMMANDS = [" ".join(line.partition("#")[0].split()) for line in LINES]
 COMMANDS = [line for line in COMMANDS if line.startswith(("python", "torchrun"))]
 # The files that lines of evidence.compare make, beside or instead of TASK.json.
 MADE = {
-    "--tables 1 4 5": ["", "-grid"],
-    "--figures 2 3": ["", "-aa"],
-    "--ablation": ["-ablation"],
-    "--teachers": ["-teachers"],
+    "--part main grid": ["", "-grid"],
+    "--part aa": ["-aa"],
+    "--part ablation": ["-ablation"],
+    "--part teachers": ["-teachers"],
 }
 
 
