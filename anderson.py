@@ -1,7 +1,9 @@
 r"""Fixed-point solvers: Picard, Anderson acceleration and its two-state closed form.
 
-Paper: Sec. 3.1-3.3, Def. 3.1, App. B.1, Alg. 3. An equilibrium z* = f(z*, x) is sought      (1)
-from z_0 by
+Paper: Sec. 3.1-3.3, Def. 3.1, App. B.1, Alg. 3. A solver starts at z_0 and looks for an
+equilibrium
+
+    z* = f(z*, x)                                                                              (1)
 
     z_{k+1} = S_AA({z_i}; f, x), the last m_k + 1 states i = k - m_k .. k                     (3)
             = beta sum_i a_i f(z_i) + (1 - beta) sum_i a_i z_i                          (4), (12)
@@ -15,8 +17,8 @@ One step of `anderson` reads the window twice (a Gram row, a combination) and ma
 passes over the state: 2m + 7. It holds 2m + 2 states: m values, m residuals, the old and the new.
 
 Departs from the paper: `m` counts the states in the window (the paper's m_k + 1), as in all public
-DEQ code; and the least squares are ridged relative to the residuals' own size, for an absolute
-ridge drowns small residuals and then Anderson is slower than Picard.
+DEQ code. The ridge of the least squares is relative to the residuals' size: an absolute one swamps
+small residuals, and Anderson is then slower than Picard.
 """
 
 import math
@@ -116,8 +118,8 @@ def two_point(
 ) -> Tensor:
     """The Anderson step from two states, S_AA(z_new, z_old; h) of Eq. 7; shape of h_new.
 
-    h: values at the states; r = h - z: their residuals. With d = r_new - r_old the weight of the
-    *older* state is <r_new, d> / |d|^2: a repeated state (d = 0) falls back to the plain step
+    h: values at the states; r = h - z: their residuals. With d = r_new - r_old, the weight of the
+    *older* state is <r_new, d> / |d|^2, so that a repeated state (d = 0) gives the plain step
     h_new. No gradient flows through the weight.
     """
     with torch.no_grad():
@@ -188,8 +190,8 @@ def iterate(
 
 
 def refuse_not_finite(first_bad: Tensor, K: int) -> None:
-    """FloatingPointError where a problem's first bad step (P,) is before K. The solve's one wait
-    for the device."""
+    """FloatingPointError if any problem's first bad step (P,) came before K. Here, and only here,
+    a solve waits for the device."""
     step = int(first_bad.min())
     if step < K:
         where = int((first_bad == step).nonzero()[0])

@@ -1,9 +1,8 @@
-"""What survives a crash: files written whole or not at all, and loaded without running code.
+"""Files that survive a crash: written whole or not at all, and loaded without running code.
 
-Everything a run computes goes through `atomic`: written to a temporary name, synced to the device,
-then renamed over the old file, so a reader sees the old contents or the new ones, never a part.
-`UsageError` is the project's one word for bad input: the commands print it as a single line and
-leave with exit code 2.
+Every result goes through `atomic`: it is written under a temporary name, synced to the disk, then
+renamed over the old file, so that a reader sees the old contents or the new ones, never a mixture.
+`UsageError` stands for all bad input: commands print it as a single line and exit with code 2.
 """
 
 import glob
@@ -49,8 +48,8 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` only once it is complete and on the disk. What killed
-    writers of the same file left is removed."""
+    """A binary file that appears under `path` only when it is complete and on the disk. Temporary
+    files of writers that were killed are removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Every setting of a run: one frozen dataclass, its ranges, its flags, the two recipes.
 
 A field is a flag of train.py of the same name. `allowed` is checked and printed by the same text.
-Flags win over the recipe, the recipe over the task's defaults, these over the ones written here.
+Flags override the recipe, the recipe overrides the task's defaults, and these override the ones
+written here.
 
 The recipe says what the student is trained on. `paper`: the teacher's trajectory, Alg. 2 to the
 letter. `own-run`, the default: the states of its own run of Alg. 1, toward the equilibrium and the
@@ -32,8 +33,8 @@ STAGES = ("all", "teacher", "student", "evaluate")
 
 
 class Group(NamedTuple):
-    """A part of --help, and whose checkpoints its settings are part of: a teacher's, a student's,
-    both, or nobody's, where they may change when a run continues."""
+    """A section of --help. part_of: the checkpoints that its settings are part of, a teacher's, a
+    student's, both or none; if none, a setting may change when a run continues."""
 
     title: str
     part_of: tuple[str, ...] = ()
@@ -55,37 +56,37 @@ def opt(group: Group, default, help: str, allowed: str = "") -> dataclasses.Fiel
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on; every field is a flag, saved in each checkpoint."""
+    """All settings of a run; every field is a flag, and all are saved in each checkpoint."""
 
     task: str = opt(TASK, "digits", "The data set.", " | ".join(TASKS))
     preset: str = opt(TASK, "", "The network's kind and size; empty: the task's first.")
     seed: int = opt(TASK, 0, "Decides weights, data order and every other draw.", ">= 0")
-    batch: int = opt(TASK, 128, "Samples of one update, those of all processes together.", ">= 1")
-    accumulate: int = opt(TASK, 1, "Parts that a batch is computed in, to save memory.", ">= 1")
+    batch: int = opt(TASK, 128, "Samples per update, of all processes together.", ">= 1")
+    accumulate: int = opt(TASK, 1, "Micro-batches of an update, to save memory.", ">= 1")
     augment: bool = opt(TASK, True, "Train on random views of the inputs.")
     dtype: str = opt(
         TASK,
         "fp32",
-        "Number format of the networks; solves, times, losses stay fp32.",
+        "Number format of the networks; solvers, times and losses stay fp32.",
         "fp32 | bf16",
     )
     clip: float = opt(TASK, 1.0, "The gradient's norm is clipped to this.", "> 0")
     image_size: int = opt(
         TASK, 0, "Pixels of a photograph's side; 0: the task's.", ">= 0 and <= 4096"
     )
-    segment: int = opt(TASK, 0, "Words of a text that are solved together; 0: the task's.", ">= 0")
-    memory: int = opt(TASK, 0, "Words before them that they see; 0: the task's.", ">= 0")
+    segment: int = opt(TASK, 0, "Words of a text that are solved at once; 0: the task's.", ">= 0")
+    memory: int = opt(TASK, 0, "Words before a segment that it sees; 0: the task's.", ">= 0")
 
     stage: str = opt(
-        START, "all", "What to do; what is finished is not done again.", " | ".join(STAGES)
+        START, "all", "What to do; finished stages are not repeated.", " | ".join(STAGES)
     )
     data: str = opt(START, "data", "Folder of the data sets, or your own file or folder.")
     out: str = opt(START, "", "The run's folder; empty: runs/TASK.")
     teacher: str = opt(
-        START, "", "A trained teacher to take over: teacher.pt, or locuslab/deq's file."
+        START, "", "A trained teacher to distil: a teacher.pt, or a file of locuslab/deq."
     )
-    device: str = opt(START, "auto", "Where all processes compute.", "auto | cpu | cuda")
-    compile: bool = opt(START, False, "Compile the cells with torch.compile.")
+    device: str = opt(START, "auto", "Device of all processes.", "auto | cpu | cuda")
+    compile: bool = opt(START, False, "Compile f and h with torch.compile.")
     workers: int = opt(
         START, min(8, os.cpu_count() or 1), "Processes that read pictures.", ">= 0 and <= 256"
     )
@@ -94,9 +95,9 @@ class Config:
 
     recipe: str = opt(STUDENT, "own-run", "What the student is trained on.", "own-run | paper")
     name: str = opt(STUDENT, "", "Names the student's file, for ablations; empty: the recipe's.")
-    student_steps: int = opt(STUDENT, 600, "Updates of the student.", ">= 1")
+    student_steps: int = opt(STUDENT, 600, "Number of updates of the student.", ">= 1")
     student_lr: float = opt(STUDENT, 3e-3, "Peak learning rate of Adam, cosine to 0.", "> 0")
-    K: int = opt(STUDENT, 20, "The teacher's solver steps, from z_0 to z_K.", ">= 2 and <= 1000")
+    K: int = opt(STUDENT, 20, "Steps of the teacher's solver, from z_0 to z_K.", ">= 2 and <= 1000")
     kl: float = opt(
         STUDENT,
         0.5,
@@ -104,10 +105,10 @@ class Config:
         ">= 0 and <= 1",
     )
     rollout_max: int = opt(
-        STUDENT, 4, "Most steps after the first of the student's own run in training.", ">= 1"
+        STUDENT, 4, "Most steps after the first one in a training run of the student.", ">= 1"
     )
-    own_injection: bool = opt(STUDENT, True, "The student trains an injection of its own.")
-    start: bool = opt(STUDENT, True, "The student learns a guess in place of z_0.")
+    own_injection: bool = opt(STUDENT, True, "The student trains its own injection.")
+    start: bool = opt(STUDENT, True, "The student learns to guess z* in place of z_0.")
     aa: bool = opt(STUDENT, False, "The student makes the Anderson step of Eq. 7.")
     lam1: float = opt(
         STUDENT,
@@ -118,16 +119,14 @@ class Config:
     lam2: float = opt(STUDENT, 0.05, "Recipe paper: weight of the task loss.", ">= 0")
     cache_dtype: str = opt(STUDENT, "fp32", "Number format of stored states.", "fp32 | bf16")
 
-    teacher_steps: int = opt(TEACHER, 700, "Updates of the teacher.", ">= 1")
+    teacher_steps: int = opt(TEACHER, 700, "Number of updates of the teacher.", ">= 1")
     teacher_lr: float = opt(TEACHER, 3e-3, "Peak learning rate, cosine to 0.", "> 0")
     teacher_decay: float = opt(TEACHER, 0.1, "Weight decay.", ">= 0")
-    optimizer: str = opt(TEACHER, "adamw", "sgd has Nesterov momentum .9.", "adamw | sgd")
-    layers: int = opt(TEACHER, 4, "Evaluations of f with gradient.", ">= 1 and <= 16")
-    before: int = opt(
-        TEACHER, 8, "Evaluations before them, without: 0 to this many, drawn.", ">= 0"
-    )
+    optimizer: str = opt(TEACHER, "adamw", "sgd has Nesterov momentum 0.9.", "adamw | sgd")
+    layers: int = opt(TEACHER, 4, "Evaluations of f with gradient, per update.", ">= 1 and <= 16")
+    before: int = opt(TEACHER, 8, "Most evaluations before these, without gradient.", ">= 0")
     growing: float = opt(
-        TEACHER, 0.0, "First share of updates, which have 1, 2, 4 .. layers alone.", ">= 0 and < 1"
+        TEACHER, 0.0, "First share of updates: 1, 2, 4, .. layers alone.", ">= 0 and < 1"
     )
     jac_weight: float = opt(TEACHER, 0.0, "Weight of the Jacobian regularisation; 0: off.", ">= 0")
 
@@ -137,10 +136,10 @@ class Config:
     dropout: float = opt(NETWORK, 0.5, "Dropout in a graph's encoder and head.", ">= 0 and < 1")
     m: int = opt(NETWORK, 6, "States in Anderson's window (Alg. 3).", ">= 1 and <= 100")
 
-    store: str = opt(STORE, "auto", "Where they are kept.", "auto | memory | disk | rolling")
-    cache_gb: float = opt(STORE, 4.0, "Memory for them, GB per process.", "> 0")
-    disk_gb: float = opt(STORE, 50.0, "Disk for them, GB.", ">= 0")
-    chunk: int = opt(STORE, 128, "Samples solved together, and per shard on disk.", ">= 1")
+    store: str = opt(STORE, "auto", "Where states are kept.", "auto | memory | disk | rolling")
+    cache_gb: float = opt(STORE, 4.0, "Memory for states, GB per process.", "> 0")
+    disk_gb: float = opt(STORE, 50.0, "Disk for states, GB.", ">= 0")
+    chunk: int = opt(STORE, 128, "Samples that are solved at once; also per file on disk.", ">= 1")
 
 
 RECIPES = {
@@ -152,8 +151,8 @@ COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator
 
 
 def require(flag: str, value, allowed: str, choice: bool = False) -> None:
-    """UsageError where a flag's value is not as `allowed` says: "a | b", or bounds. Numbers are
-    finite, and whole ones below 2^31."""
+    """UsageError if a flag's value is not as `allowed` says: "a | b", or bounds. Numbers must be
+    finite, whole ones below 2^31."""
     if choice or "|" in allowed:
         ok = value in allowed.split(" | ")
     else:
@@ -165,7 +164,7 @@ def require(flag: str, value, allowed: str, choice: bool = False) -> None:
 
 
 def check(config: Config) -> None:
-    """UsageError for the first value that is out of its range, with the range."""
+    """UsageError for the first value that is out of range; says the range."""
     for field in dataclasses.fields(Config):
         value, allowed = getattr(config, field.name), field.metadata["allowed"]
         if field.name == "task":  # a user's own may have come since
@@ -176,8 +175,8 @@ def check(config: Config) -> None:
 
 
 def parse(argv: list[str], description: str = "", rival: bool = False) -> tuple[Config, Task]:
-    """The settings that a command line asks for, and their task; UsageError for bad ones. rival: in
-    place of the teacher, an explicit network is trained, with the task's settings for these."""
+    """The settings and the task that a command line asks for; UsageError for bad ones. rival: an
+    explicit network is trained, with the task's settings for those."""
     parser = command_line(description)
     groups: dict[Group, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(Config):
@@ -210,7 +209,7 @@ def parse(argv: list[str], description: str = "", rival: bool = False) -> tuple[
 
 
 def environment(name: str, default: int) -> int:
-    """A number that torchrun sets; UsageError where it is none."""
+    """A number that torchrun sets; UsageError if it is none."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or int(value) < default:
         raise UsageError(f"{name}={value}: torchrun sets it to a number >= {default}")
@@ -223,8 +222,8 @@ LIBC = ctypes.CDLL(None)  # the process's own symbols: the C library among them
 def pick_device(name: str) -> str:
     """The device that a --device flag means; on a CPU, also lets glibc keep freed memory.
 
-    It would map each large tensor anew, a page fault per 4 KB: two fifths of the time of an update
-    on a graph of 169,343 nodes.
+    By default glibc maps memory anew for each large tensor, with a page fault per 4 KB. On a graph
+    of 169,343 nodes this took two fifths of an update's time.
     """
     if hasattr(LIBC, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -240,7 +239,7 @@ def pick_device(name: str) -> str:
 
 
 def open_task(settings: dict) -> Task:
-    """The task that settings ask for, with its data where they say."""
+    """The task that the settings ask for, with its data read from where they say."""
     build, data = TASKS[settings["task"]], Path(settings.get("data", Config.data))
     known = inspect.signature(build).parameters
     options = {}
@@ -256,7 +255,7 @@ def open_task(settings: dict) -> Task:
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
-    """A parser that knows no abbreviations and whose errors are a UsageError: one line each."""
+    """A parser that takes no abbreviations and raises UsageError: one line for each error."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,8 +12,8 @@ Anderson acceleration is a multistep method with weights fitted to the residuals
 Only s = (t - eps) / (T - eps) in [0, 1] ever reaches a network or a coefficient: eps and T are the
 units of the clock. All times are fp32: in bf16, neighbouring t_k are equal.
 
-Departs from the paper: it names neither rho, eps nor T. rho is measured, see `propose_rho`. The
-schedule's base, a second beta in the paper, is called `decay`.
+Departs from the paper: it gives no values for rho, eps and T. Here rho is measured, see
+`propose_rho`. The schedule's base, a second beta in the paper, is called `decay`.
 """
 
 import math
@@ -100,8 +100,8 @@ def contraction(states: Sequence[Tensor], sample_dims: int = 1, floor: float = 1
     """Measured error factor per solver step of states z_0 .. z_K, each (B, ...), median over
     problems.
 
-    |z_k - z_K| / |z_0 - z_K| is followed until it drops below `floor`, where z_K is no longer a
-    stand-in for z*; the factor is its geometric mean per step until there.
+    |z_k - z_K| / |z_0 - z_K| is followed until it drops below `floor`, where z_K can no longer
+    stand for z*; the factor is the geometric mean of its decrease per step up to there.
     """
     gaps = ((z.float() - states[-1].float()).flatten(sample_dims) for z in states)
     error = torch.stack([torch.linalg.vector_norm(gap, dim=-1).flatten() for gap in gaps])
@@ -116,7 +116,8 @@ def propose_rho(rate: float, K: int) -> float:
     """The largest safe rho of Eq. 6 for a teacher that contracts by `rate` per step.
 
     g keeps 1 - e^(-rho k) of z_k (Eq. 5), so P must overshoot z* by e^(rho k) - 1 times the error
-    that is left: bounded only if e^rho <= 1 / rate. And s_K = .98 leaves times for late steps.
+    that is left. This stays bounded only if e^rho <= 1 / rate. The bound ln(50) / K keeps s_K at
+    .98 or below, so that late steps still have times of their own.
     """
     bounds = [math.log(50) / K]
     if 0 < rate < 1:

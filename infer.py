@@ -1,18 +1,18 @@
-r"""C-DEQ inference: Alg. 1, and the command that answers from a run folder.
+r"""C-DEQ inference: Alg. 1, and the command that uses a trained run.
 
     python infer.py --run runs/digits                         metric by NFE on the test split
-    python infer.py --run runs/digits --tol 0.05 --max-nfe 16  anytime: each sample stops by itself
-    python infer.py --run runs/digits --nfe 2 --files a.png    answers
-    python infer.py --run runs/docstrings --nfe 2 --prompt "The"    a text goes on
+    python infer.py --run runs/digits --tol 0.05 --max-nfe 16  each sample stops when it is ready
+    python infer.py --run runs/digits --nfe 2 --files a.png    classes of your own files
+    python infer.py --run runs/docstrings --nfe 2 --prompt "The"    continues a text
 
 Alg. 1 (J steps, J evaluations of h):
 
     z_{j+1} = g(z_j, t_j) with h(z_{j-1}, t_{j-1}) kept from the step before, so that the Anderson
     step of Eq. 7 costs nothing new; t_j = eps + (1 - decay^j) (T - eps)                    (B.3)
 
-NFE counts evaluations of f-sized networks, the first included. NFE = 0 is head(z_0); NFE = 1 of
-every method is one evaluation at z_0. The injection is computed once per input and the head once
-per answer; neither is f-sized, and neither is counted.
+NFE counts evaluations of f-sized networks, including the first: for every method, NFE = 1 is one
+evaluation at z_0. The injection is computed once per input and the head once per answer; neither is
+f-sized, so neither is counted.
 """
 
 import copy
@@ -53,9 +53,9 @@ def cdeq(student: Student, z: Tensor, u: Tensor, J: int, decay: float, last: boo
 def anytime(
     student: Student, z0: Tensor, u: Tensor, tol: float, max_nfe: int, decay: float
 ) -> tuple[Tensor, Tensor]:
-    """Alg. 1 until |z_{j+1} - z_j| <= tol |z_{j+1}|, for each sample alone: (z, NFE per sample).
+    """Alg. 1 until |z_{j+1} - z_j| <= tol |z_{j+1}|, for each sample: (z, NFE per sample).
 
-    Finished samples leave the batch, so their evaluations are really saved.
+    Finished samples leave the batch, so that their evaluations are really saved.
     """
     answer, nfe = z0.clone(), torch.full((len(z0),), max_nfe, device=z0.device)
     active = torch.arange(len(z0), device=z0.device)
@@ -73,8 +73,8 @@ def anytime(
 
 @dataclass(frozen=True)
 class Method:
-    """A way to the equilibrium of net. solve(z_0, u, nfe, last=False): all its states z_0 .. z_nfe,
-    or z_nfe alone; inject(x, memory=None): the u it wants; counter: of its evaluations."""
+    """A way to the equilibrium of net. solve(z_0, u, nfe, last=False): its states z_0 .. z_nfe, or
+    z_nfe alone; inject(x, memory=None): the u that it needs; counter: of its evaluations."""
 
     net: Equilibrium
     solve: Callable[..., Tensor]
@@ -85,14 +85,14 @@ class Method:
         return self.net.initial(u)
 
     def remember(self, u, z: Tensor):
-        """The memory that the next segment wants of this one."""
+        """The memory that the next segment has of this one."""
         return self.net.remember(u, z)
 
 
 def counted(net: Equilibrium, student: Student, decay: float) -> Method:
-    """Alg. 1 with a student of `net` as a method; it counts evaluations of h."""
+    """Alg. 1 with a student of `net`, as a method that counts evaluations of h."""
     h = Counter(student.h)
-    student = copy.copy(student)  # shares the weights; only its h is the counted one
+    student = copy.copy(student)  # shares all weights; only h is replaced, by one that counts
     student.h = h
 
     def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
@@ -105,7 +105,7 @@ def counted(net: Equilibrium, student: Student, decay: float) -> Method:
 def answer(
     run: Run, name: str, files: list[Path], nfe: int, tol: float, max_nfe: int
 ) -> list[dict]:
-    """Class, probability and NFE for a user's own inputs."""
+    """The class, its probability and the NFE for each of a user's own inputs."""
     student, decay = run.students[name]
     x = torch.cat([run.task.read(path) for path in files]).to(run.device)
     u = student.inject(x)
@@ -127,8 +127,8 @@ def answer(
 def generate(
     run: Run, method: Method, nfe: int, prompt: Tensor, tokens: int, temperature: float, top_k: int
 ) -> tuple[list[int], float]:
-    """Words that follow the prompt (1, n), drawn one by one, and the words per second. Each word's
-    state is solved with `nfe` evaluations and kept, in place of solving it again."""
+    """Words that continue the prompt (1, n), drawn one by one, and the words per second. The state
+    of each word is solved once, with `nfe` evaluations, and kept."""
     net, memory, words = run.teacher, None, []
     x = torch.cat([prompt.new_zeros(1, 1), prompt], dim=1).to(run.device)  # after an <eos>
     for part, _ in net.segments(x, x):
@@ -148,7 +148,7 @@ def generate(
 
 
 def continuations(run: Run, name: str, nfe: int, args) -> list[dict]:
-    """What the converged teacher and a student make of a prompt, from the same random numbers."""
+    """How the converged teacher and a student continue a prompt, with the same random numbers."""
     net, K, prompt = run.teacher, run.config["K"], run.task.read(args.prompt)
 
     def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = True) -> Tensor:
@@ -169,7 +169,7 @@ def continuations(run: Run, name: str, nfe: int, args) -> list[dict]:
 
 
 def check_inputs(run: Run, args) -> None:
-    """UsageError for inputs of another kind than the run's."""
+    """UsageError for inputs that do not suit the task of the run."""
     text = run.teacher.memory > 0
     if args.prompt and not text:
         raise UsageError(f"--prompt: {run.task.name} is no text; its inputs are --files")
@@ -191,22 +191,22 @@ RANGES = {
 
 
 def arguments(argv: list[str]):
-    """The command line, its numbers within their ranges."""
+    """The command line; UsageError for numbers outside their ranges."""
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of train.py")
     add("--student", default="", help="which student: '' (the default recipe), 'paper', ...")
-    add("--nfe", type=int, nargs="+", default=[], help="budgets; one of them for --files")
+    add("--nfe", type=int, nargs="+", default=[], help="evaluations; one number with --files")
     add("--split", choices=("valid", "test"), default="test")
     add("--batch", type=int, default=128)
     add("--decay", type=float, default=0, help="schedule base in (0, 1); 0: as validated")
-    add("--tol", type=float, default=0, help="> 0: stop each sample when successive states agree")
+    add("--tol", type=float, default=0, help="> 0: stop a sample when its last two states agree")
     add("--max-nfe", type=int, default=16, help="most evaluations with --tol")
-    add("--files", type=Path, nargs="+", help="answer for these inputs instead of a split")
-    add("--prompt", default="", help="text to be continued, by the teacher and the student")
+    add("--files", type=Path, nargs="+", help="classify these files instead of a split")
+    add("--prompt", default="", help="a text that teacher and student continue")
     add("--tokens", type=int, default=50, help="words of the continuation")
     add("--temperature", type=float, default=1.0, help="of their softmax")
-    add("--top-k", type=int, default=40, help="draw from so many likeliest; 0: from all")
+    add("--top-k", type=int, default=40, help="draw from this many likeliest words; 0: from all")
     add("--seed", type=int, default=0, help="of the draws")
     add("--data", default="", help="where the data set is now")
     add("--unreadable", choices=("refuse", "skip"), help="what to do with damaged pictures")

@@ -1,4 +1,4 @@
-r"""The losses: of a student on its own run or on the teacher's trajectory, and of a teacher.
+r"""The losses of a student, on its own run or on the teacher's trajectory, and of a teacher.
 
 Paper: Sec. 3.4, App. B.4.
 
@@ -7,14 +7,15 @@ Paper: Sec. 3.4, App. B.4.
     L_task   = E CE(head(h(z_k, t_k, x)), y), k among the first steps                         (14)
     L        = lam1 L_global + (1 - lam1) L_local + lam2 L_task                               (11)
 
-d is the squared error relative to the reference's own mean square, per sample and branch: scales
-differ between branches, and one of them would otherwise be most of the loss.
+d is the squared error divided by the reference's mean square, per sample and branch. Branches have
+different scales, and without the division one of them would make up most of the loss.
 
-Departs from the paper: these four are the recipe `paper`. The default one trains the student where
-it is asked, at every state of its own run of Alg. 1 from t_0 on, and nowhere else: L_distance is
-(9) there, and L_prediction the divergence KL(p || q) of its prediction q from the head's prediction
-p at z_K. The latter knows which errors of a state matter. Neither needs labels. L_start is
-d(start(u), z_K), HyperDEQ's: f contracts, so that little of (9) comes back through it to a start.
+Departs from the paper: these four losses are the recipe `paper`. The default recipe trains the
+student at the states that inference visits, those of its own run of Alg. 1 from t_0 on, and only
+there. L_distance is (9) at these states. L_prediction is KL(p || q), where p is the head's
+prediction at z_K and q the one at the student's answer; it knows which errors of a state matter.
+Neither needs labels. L_start = d(start(u), z_K) trains the start, as in HyperDEQ: f contracts, so
+little of the gradient of (9) reaches the start through it.
 """
 
 import math
@@ -28,15 +29,15 @@ from torch.nn.utils import parametrize
 from models import Equilibrium
 from student import Student
 
-TOKENS = 512  # of a text's batch, whose predictions are compared
-EARLY = 0.25  # Eq. 14: the first share of steps, which have the task loss
+TOKENS = 512  # of each batch of a text have their predictions compared
+EARLY = 0.25  # Eq. 14: the task loss applies to this first share of the steps
 
 
 @dataclass(frozen=True)
 class OwnRunBatch:
-    """What OwnRun wants of a part of a batch: x and z_K (B, ...); times t_0 .. t_J of the run;
-    past: positions (dimension 1) that are the others' history, with the teacher's equilibrium or,
-    if `own`, the end of the student's run."""
+    """The input of OwnRun: x and z_K (B, ...); times t_0 .. t_J of the run. Of a text, the first
+    `past` positions (dimension 1) are only history for the others; their states are the teacher's
+    equilibrium or, if `own`, the end of the student's run on them."""
 
     x: Tensor
     z_K: Tensor
@@ -47,9 +48,9 @@ class OwnRunBatch:
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """What Distillation wants: x, y (B, ...); k (B,); states (z_{k-2}, z_{k-1}, z_k, z_K), each
-    (B, ...), with z_0 for z_{-1}; early (B,): weights of the task loss; past: positions (dimension
-    1) that are the others' history, with the teacher's equilibrium."""
+    """The input of Distillation: x, y (B, ...); k (B,); states (z_{k-2}, z_{k-1}, z_k, z_K), each
+    (B, ...), with z_0 for z_{-1}; early (B,): weights of the task loss. Of a text, the first `past`
+    positions (dimension 1) are only history for the others, at the teacher's equilibrium."""
 
     x: Tensor
     y: Tensor
@@ -61,9 +62,9 @@ class TrajectoryBatch:
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """What TeacherLoss wants: x, y (B, ...); steps of Picard's iteration from z_0; layers of f
-    after them, which have the gradient; probe (B, state...): direction of the Jacobian estimate, or
-    None for no estimate."""
+    """The input of TeacherLoss: x, y (B, ...); steps of Picard's iteration from z_0, without
+    gradient; layers of f after them, with gradient; probe (B, state...): the direction of the
+    Jacobian estimate, or None for no estimate."""
 
     x: Tensor
     y: Tensor
@@ -87,55 +88,54 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def weights(recipe: str, lam1: float, lam2: float, kl: float) -> dict[str, float]:
-    """What each of a recipe's loss terms counts in their sum."""
+    """The weight of each loss term of a recipe."""
     if recipe == "paper":
         return {"global": lam1, "local": 1 - lam1, "task": lam2}  # Eq. 11
     return {"distance": 1 - kl, "prediction": kl, "start": 1.0}
 
 
 def early(K: int, k: Tensor) -> Tensor:
-    """Weights of the task loss at steps k, uniform on 1 .. K: 0 where k is not early, else such
-    that their mean over draws is 1."""
+    """Weights of the task loss at steps k: 0 unless k is early; scaled so that their mean over k,
+    uniform on 1 .. K, is 1."""
     last = math.ceil(EARLY * K)
     return (k <= last).float() * K / last
 
 
 class OwnRun(nn.Module):
-    """The default recipe's unweighted loss terms: at the states of the student's run of Alg. 1.
-
-    teacher: frozen, gives the injection, the head and the states z_K.
-    """
+    """The unweighted loss terms of the default recipe, at the states of the student's own run of
+    Alg. 1. teacher: frozen, for its head and its memory."""
 
     def __init__(self, teacher: Equilibrium, student: Student):
         super().__init__()
         self.teacher, self.student = teacher, student
 
     def forward(self, batch: OwnRunBatch) -> dict[str, Tensor]:
-        """Means over the run's states. No gradient goes from one step into the one before."""
+        """Means over the states of the run. No gradient flows from one step into the one before."""
         x, z_K, past, student, memory = batch.x, batch.z_K, batch.past, self.student, None
         if past:
             u, z = student.inject(x[:, :past]), z_K[:, :past]
-            memory = self.teacher.remember(u, self.walk(u, batch.times) if batch.own else z)
+            memory = self.teacher.remember(u, self.end(u, batch.times) if batch.own else z)
             x, z_K = x[:, past:], z_K[:, past:]
         u = student.inject(x, memory)
-        some = self.some(z_K)
+        compared = self.compared(z_K)
         with torch.no_grad():
-            wanted = self.teacher.log_probabilities(some(z_K))
+            wanted = self.teacher.log_probabilities(compared(z_K))
         z, history = self.teacher.initial(u).detach(), None
         errors, gaps = [], []
         for t in batch.times:
             g, now = student.step(z, t, u, history)
             errors.append(distance(g, z_K, student.cell).mean())  # Eq. 9, on its own states
-            gaps.append(divergence(wanted, self.teacher.log_probabilities(some(g))))
+            gaps.append(divergence(wanted, self.teacher.log_probabilities(compared(g))))
             z, history = g.detach(), tuple(v.detach() for v in now)
         terms = {"distance": torch.stack(errors).mean(), "prediction": torch.stack(gaps).mean()}
         if student.start is not None:
             terms["start"] = distance(student.guess(u), z_K, student.cell).mean()
         return terms
 
-    def some(self, z: Tensor) -> Callable[[Tensor], Tensor]:
-        """Picks the states whose predictions are compared: all, or so many of a text's tokens, at
-        random. A softmax over ten thousands of words costs more than f."""
+    def compared(self, z: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that selects the states whose predictions are compared: all of them or, of a
+        text, TOKENS at random, since a softmax over tens of thousands of words costs more than f.
+        """
         if self.teacher.sample_dims == 1:
             return lambda z: z
         rows = torch.randperm(z.shape[0] * z.shape[1])[:TOKENS]
@@ -143,8 +143,8 @@ class OwnRun(nn.Module):
         return lambda z: z.flatten(0, 1)[rows][None]
 
     @torch.no_grad()
-    def walk(self, u: Tensor, times: list[float]) -> Tensor:
-        """Where the student's own run of Alg. 1 arrives."""
+    def end(self, u: Tensor, times: list[float]) -> Tensor:
+        """The last state of the student's own run of Alg. 1."""
         z, history = self.teacher.initial(u), None
         for t in times:
             z, history = self.student.step(z, t, u, history)
@@ -152,10 +152,8 @@ class OwnRun(nn.Module):
 
 
 class Distillation(nn.Module):
-    """The recipe `paper`: unweighted loss terms at states of the teacher's trajectory (Alg. 2).
-
-    teacher: frozen, gives u and the head. ema: the running average of the student.
-    """
+    """The unweighted loss terms of the recipe `paper`, at states of the teacher's trajectory
+    (Alg. 2). teacher: frozen, for its head and its memory; ema: the running average phi^-."""
 
     def __init__(self, teacher: Equilibrium, student: Student, ema: Student):
         super().__init__()
@@ -182,11 +180,12 @@ class Distillation(nn.Module):
 
 
 class TeacherLoss(nn.Module):
-    """The DEQ's own training loss: a few layers of f with gradient, after some without.
+    """The loss that trains a DEQ: evaluations of f without gradient, then a few layers with it.
 
-    Far from z_0 the layers are a phantom gradient at the equilibrium (Geng et al., 2021; a single
-    one is Jacobian-free, Fung et al., 2022); at z_0 they are an unrolled network. Either way it is
-    ordinary autograd, the same under DDP, its memory independent of the steps before.
+    After many evaluations, the layers give a phantom gradient at the equilibrium (Geng et al.,
+    2021; with a single layer it is Jacobian-free, Fung et al., 2022). After none, they are an
+    unrolled network. Both are ordinary autograd, which works under DDP, and the memory that they
+    need does not depend on the evaluations before.
     """
 
     def __init__(self, net: Equilibrium):

@@ -1,7 +1,7 @@
-"""A run folder: who writes it and how, what lies in it, how its networks are opened again.
+"""Run folders: a training process and the files that it writes, and how networks are read back.
 
-train.py writes one, infer.py and evidence/ answer from it. Its files hold tensors and plain values,
-no code: each network is built anew from the settings that are saved beside its weights.
+train.py writes a run folder; infer.py and evidence/ read it. Its files hold tensors and plain
+values, no code: each network is rebuilt from the settings that are saved beside its weights.
 """
 
 import dataclasses
@@ -46,19 +46,19 @@ class Job:
         return Path(self.config.out)
 
     @property
-    def part(self) -> int:
-        """Samples that all processes compute together: a batch, or a part of it (--accumulate)."""
+    def micro_batch(self) -> int:
+        """Samples that all processes compute together: a batch, or its share by --accumulate."""
         return self.config.batch // self.config.accumulate
 
     @property
     def share(self) -> slice:
-        """This process's samples of a part."""
-        each = self.part // self.world
+        """This process's samples of a micro-batch."""
+        each = self.micro_batch // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
 
 def begin(config: Config, task: Task) -> Job:
-    """Makes the run's folder and joins the other processes; UsageError where that cannot be."""
+    """Makes the run's folder and joins the other processes; UsageError if either fails."""
     rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
     if config.batch % (world * config.accumulate):
         raise UsageError(
@@ -84,7 +84,7 @@ def begin(config: Config, task: Task) -> Job:
 
 
 def leave() -> None:
-    """Ends the process group, all ranks together: none is torn down under another's last words."""
+    """Ends the process group when every rank is done with it."""
     if dist.is_initialized():
         gc.collect()  # DDP modules are cycles, and each holds the group with its threads
         dist.barrier()
@@ -97,7 +97,7 @@ def barrier(job: Job) -> None:
 
 
 def log(job: Job, **line) -> None:
-    """A line of log.jsonl, by rank 0; one that a full disk tore is ended first."""
+    """Appends a line to log.jsonl, on rank 0. A line that a full disk cut short is ended first."""
     if job.rank == 0:
         with open(job.folder / "log.jsonl", "a+b") as file:
             torn = file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n"
@@ -106,13 +106,13 @@ def log(job: Job, **line) -> None:
 
 
 def say(job: Job, text: str) -> None:
-    """A line on the terminal, by rank 0, that leaves progress bars alone."""
+    """Prints a line, on rank 0, without disturbing progress bars."""
     if job.rank == 0:
         tqdm.write(text)
 
 
 def tell(job: Job, stage, bar: tqdm, step: int, values: dict[str, Tensor]) -> None:
-    """An update's numbers, in the log and on the terminal."""
+    """Writes the numbers of an update to the log and the terminal."""
     line = {name: value.item() for name, value in values.items()}
     log(job, stage=stage.kind, student=job.config.name, step=step, **line)
     text = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
@@ -122,16 +122,15 @@ def tell(job: Job, stage, bar: tqdm, step: int, values: dict[str, Tensor]) -> No
         bar.set_postfix_str(text)
 
 
-def samples(job: Job, parts: range) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and y of this process's share of these parts of the training stream, on the device,
-    augmented if wanted."""
+def samples(job: Job, micros: range) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y of this process's share of each micro-batch, on the device, augmented if wanted."""
     config, split = job.config, job.task.train
 
     def keys() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for part in parts:
-            first = part * job.part
-            rows, _ = positions(len(split), first, job.part, config.seed)
-            seeds = config.seed * 10**9 + first + torch.arange(job.part)
+        for micro in micros:
+            first = micro * job.micro_batch
+            rows, _ = positions(len(split), first, job.micro_batch, config.seed)
+            seeds = config.seed * 10**9 + first + torch.arange(job.micro_batch)
             yield rows[job.share], seeds[job.share] if config.augment else None
 
     for x, y in split.stream(keys(), config.workers):
@@ -139,39 +138,40 @@ def samples(job: Job, parts: range) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def moved(job: Job, v: Tensor) -> Tensor:
-    """v on the device; to a GPU from pinned memory, so that the host does not wait for the copy."""
+    """v on the device; it goes to a GPU from pinned memory, so that the host need not wait."""
     gpu = job.device.type == "cuda"
     return (
         v.contiguous().pin_memory().to(job.device, non_blocking=True) if gpu else v.to(job.device)
     )
 
 
-def generator(job: Job, kind: str, part: int) -> torch.Generator:
-    """The randomness of a part of a stage, the same on every process: draws are global, then
-    sliced. Dropout, if there is any, follows it, too."""
+def generator(job: Job, kind: str, micro: int) -> torch.Generator:
+    """The random numbers of a micro-batch, the same on every process: each draws for all and takes
+    its share. Also seeds torch itself, for dropout."""
     number = ("teacher", "student", "explicit").index(kind)
-    seed = (3 * job.config.seed + number) * 10**9 + part
+    seed = (3 * job.config.seed + number) * 10**9 + micro
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()
 def state_shape(job: Job, net: Equilibrium) -> torch.Size:
-    """Shape of one sample's state. net is put in evaluation mode: one sample has no statistics."""
+    """The shape of one sample's state. Leaves net in evaluation mode: BatchNorm needs more than one
+    sample to train on."""
     net.eval()
     x, _ = job.task.train.batch(torch.arange(1))
     return net.initial(net.inject(x.to(job.device))).shape[1:]
 
 
 def write_checkpoint(job: Job, path: Path, kind: str, **contents) -> None:
-    """Writes a checkpoint with the run's settings and data beside its contents, by rank 0."""
+    """Writes a checkpoint, on rank 0, with the run's settings and the fingerprint of its data."""
     if job.rank == 0:
         save(path, kind, config=dataclasses.asdict(job.config), data=job.data, **contents)
 
 
 def read_checkpoint(job: Job, path: Path, kind: str) -> dict | None:
-    """The checkpoint of an earlier start, None where there is none; UsageError where it was made
-    with other settings of its kind, or from other data. A rival has the teacher's settings."""
+    """The checkpoint of an earlier start, or None; UsageError if it was made with other settings
+    that matter to its kind, or from other data. A rival depends on the teacher's settings."""
     if not path.exists():
         return None
     saved = load(path, kind)
@@ -188,11 +188,11 @@ def read_checkpoint(job: Job, path: Path, kind: str) -> dict | None:
 
 
 def restore(job: Job, stage) -> int:
-    """Loads the checkpoint of a stage of train.py, if there is one: its number of updates."""
+    """Loads the checkpoint of a stage of train.py, if there is one; returns the updates made."""
     saved = read_checkpoint(job, stage.path, stage.kind)
     if saved is None:
         return 0
-    for key, value in stage.extra.items():  # what a student depends on: its clock, its teacher
+    for key, value in stage.extra.items():  # such as a student's clock and teacher
         if saved[key] != value:
             raise UsageError(f"{stage.path} has {key} {saved[key]}, not {value}; delete it")
     for name, part in stage.states().items():
@@ -201,9 +201,9 @@ def restore(job: Job, stage) -> int:
 
 
 def take_over(job: Job, net: Equilibrium, path: Path) -> None:
-    """Writes the run's teacher.pt from --teacher; an earlier start may have done so."""
+    """Writes the run's teacher.pt from --teacher, unless an earlier start has done so."""
     file, there = job.config.teacher, path.exists()
-    barrier(job)  # no rank looks after another has written
+    barrier(job)  # every rank has looked before one of them writes
     if not there:
         adopt(net, Path(file), job.config.preset)
         write_checkpoint(
@@ -217,7 +217,7 @@ def take_over(job: Job, net: Equilibrium, path: Path) -> None:
 
 
 def distributed(job: Job, loss: nn.Module) -> nn.Module:
-    """The loss module under DDP, if there are several processes. In bf16, gradients travel so."""
+    """The loss module, under DDP if there are several processes; gradients have the run's dtype."""
     if job.world == 1:
         return loss
     synchronise(loss, job.device)
@@ -239,7 +239,7 @@ def build_student(teacher: Equilibrium, config: dict, rho: float) -> Student:
 
 @dataclass
 class Run:
-    """A run folder's networks, ready to answer: the teacher, and each finished student by name."""
+    """The networks of a run folder, ready for inference: the teacher, and finished students."""
 
     folder: Path
     task: Task
@@ -253,8 +253,8 @@ class Run:
 
 
 def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=None) -> Run:
-    """Loads a run folder; names: students to load, all finished ones by default; now: settings that
-    win over those of the training, as where the data set is."""
+    """Loads a run folder. names: students to load, by default all finished ones; now: settings that
+    replace those of the training, such as where the data set is now."""
     place = torch.device(pick_device(device))
     saved = load(folder / "teacher.pt", "teacher")
     config = saved["config"] | (now or {})
@@ -285,13 +285,13 @@ def open_run(folder: Path, now: dict | None = None, device: str = "auto", names=
 
 
 def reopened(job: Job, names=None) -> Run:
-    """The run's networks from its folder, read with the settings of this start."""
+    """The networks of this run, read back from its folder."""
     now = {key: getattr(job.config, key) for key in ("data", "unreadable", "workers")}
     return open_run(job.folder, now, job.device.type, names)
 
 
 def finished(path: Path, kind: str, config: Config) -> bool:
-    """Whether the checkpoint of a teacher or a student is there and complete."""
+    """Whether the checkpoint of a teacher or a student exists and is complete."""
     if not path.exists():
         return False
     saved = load(path, kind)

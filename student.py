@@ -12,13 +12,13 @@ the teacher's f: a fresh student's P *is* one Anderson step of the teacher.
 
 Shapes: z, h, P, g (B, state...); t (B,) fp32, or a number.
 
-A weight that the teacher constrains for its equilibrium's sake (weight norm, kappa) is a free one
-in the student, which is no contraction: P has to overshoot.
+Weights that the teacher constrains so that it has an equilibrium (weight norm, kappa) are free in
+the student, which need not be a contraction: P has to overshoot z*.
 
-Departs from the paper: at k = 0 there is no history and P = h (as Alg. 1, line 1 has it). Writing
-that as z_{-1} = z_0 needs no special case, for a repeated state makes S_AA the plain step. With
-`start`, h looks at t_0 at a small network's guess of z* from u, as HyperDEQ does, not at z_0: no
-single W both carries z_0 = 0 to z* and leaves z* in its place.
+Departs from the paper: at k = 0 there is no history and P = h, as in Alg. 1, line 1. Writing this
+as z_{-1} = z_0 needs no special case, since a repeated state makes S_AA the plain step. With
+`start`, h is not evaluated at z_0 at time t_0 but at a guess of z* that a small network computes
+from u, as in HyperDEQ: no single W can carry z_0 = 0 to z* and also leave z* where it is.
 """
 
 import copy
@@ -38,8 +38,8 @@ History = tuple[Tensor, Tensor] | None
 
 
 class Student(nn.Module):
-    """g, P and h of one teacher. The head, and the injection unless it is the student's own, stay
-    the teacher's, frozen.
+    """g, P and h, distilled from one teacher. The head stays the teacher's, frozen, and so does the
+    injection unless the student has its own.
 
     gamma >= 1: exponent of c_skip. anderson=False drops Eq. 7 and takes P = h (Fig. 3's ablation).
     own_injection: train a copy of the teacher's injection instead of sharing it. start: a guess in
@@ -75,7 +75,7 @@ class Student(nn.Module):
         self.shared = (teacher.injection,)  # in a tuple: no part of this module
 
     def inject(self, x: Tensor, memory=None) -> Tensor:
-        """The injection u that h wants, once per input; arguments as those of Equilibrium."""
+        """The injection u for h, once per input; arguments as in Equilibrium.inject."""
         injection = self.injection if self.own_injection else self.shared[0]
         return injection(x) if memory is None else injection(x, memory)
 
@@ -92,7 +92,7 @@ class Student(nn.Module):
     def step(
         self, z: Tensor, t: Time, u: Tensor, history: History = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """g at (z, t), given the history of the state before, and this state's history: one NFE."""
+        """g at (z, t), given the history of the step before; also returns this one's: one NFE."""
         now = self.history(z, t, u)
         P = now[0]
         if history is not None and self.anderson:
@@ -105,7 +105,7 @@ class Student(nn.Module):
         return torch.lerp(P, z, c_skip), now  # Eq. 5
 
     def begin(self, z: Tensor, t: Time, u: Tensor) -> Tensor:
-        """z, or at t_0 the start's guess if there is one."""
+        """Where h is evaluated: at z, but at time t_0 at the start's guess, if there is a start."""
         s = self.times.s(t)
         if self.start is None:
             return z
@@ -117,7 +117,7 @@ class Student(nn.Module):
         return self.cell.join(self.start(u))
 
     def history(self, z: Tensor, t: Time, u: Tensor) -> tuple[Tensor, Tensor]:
-        """What `step` at the next state wants to know of this one: one NFE."""
+        """h and its residual at this state, which the next `step` needs: one NFE."""
         z = self.begin(z, t, u)
         h = self.h(z, t, u)
         return h, h - z
@@ -129,12 +129,12 @@ class Student(nn.Module):
 
 
 def per_sample(s: Tensor, v: Tensor) -> Tensor:
-    """One number per sample, shaped to multiply v (B, ...); fp32 beside a bf16 v, too."""
+    """One number per sample, shaped to multiply v (B, ...); stays fp32 if v is bf16."""
     return s.to(torch.promote_types(s.dtype, v.dtype)).view(-1, *[1] * (v.dim() - 1))
 
 
 def fold(module: nn.Module) -> nn.Module:
-    """Replaces weights that are computed from others (weight norm, ...) by their present values."""
+    """Turns weights that are computed from others (weight norm, ...) into plain parameters."""
     for part in list(module.modules()):
         if parametrize.is_parametrized(part):
             # torch's remove_parametrizations would strip the class, which copies share.

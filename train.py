@@ -1,16 +1,16 @@
 r"""Train a DEQ teacher, distil it into a C-DEQ student (Alg. 2), evaluate both.
 
     python train.py --task digits                       all stages, on this machine
-    python train.py --task digits --recipe paper         the paper's recipe, beside the default one
-    python train.py --task digits --kl 0 --name no-prediction            an ablation, beside both
+    python train.py --task digits --recipe paper         also the student of the paper's recipe
+    python train.py --task digits --kl 0 --name no-prediction            also an ablation
     torchrun --nproc_per_node=8 train.py --task imagenet --data DIR      one process per GPU
 
 Paper: Sec. 3.4, Alg. 2, App. A.3. A run lives in one folder (--out): teacher.pt, trajectories/,
-student.pt, log.jsonl, report.json, report.md, report.png. The same command continues where it was
-stopped: every random number is a function of (seed, stage, step), so the weights come out the same.
+student.pt, log.jsonl, report.json, report.md, report.png. If it is stopped, the same command
+continues it and gives the same weights: every random number is a function of (seed, stage, step).
 
-From top to bottom: the stages; the one loop that trains them all; what feeds it for a teacher, then
-for a student. Settings and the two recipes are described in config.py.
+From top to bottom: the stages; the one loop that trains every network; the batches of a teacher and
+of a student. Settings and recipes are described in config.py.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from runs import Job
 from student import Student, update_ema
 from tasks import positions
 
-MU = 0.98  # of the running average phi^-
-OWN_MEMORY = 0.5  # share of the updates in which a text's memory is the student's own
-NO_MEMORY = 0.2  # share in which it has none, as at the start of a stream
-START_LR = 8e-3  # peak rate of the student's start
-JACOBIAN_SHARE = 0.3  # of the updates, which have the Jacobian regularisation
-LINES = 50  # of a stage in log.jsonl, about
+MU = 0.98  # decay of the running average phi^-
+OWN_MEMORY = 0.5  # share of updates in which a text's memory comes from the student's own run
+NO_MEMORY = 0.2  # share of updates without memory, as at the start of a text
+START_LR = 8e-3  # peak learning rate of the student's start
+JACOBIAN_SHARE = 0.3  # share of updates with Jacobian regularisation
+LINES = 50  # of log.jsonl for each stage, about
 
 
 def main(argv: list[str]) -> None:
@@ -62,27 +62,27 @@ def main(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the loop trains, and how."""
+    """A network and all that the loop needs to train it."""
 
-    kind: str  # of its checkpoint
+    kind: str  # of checkpoint
     path: Path
     net: nn.Module  # what is trained and saved
-    loss: nn.Module  # batch -> unweighted terms by name; holds net
+    loss: nn.Module  # of a batch: unweighted terms by name; holds net
     weights: dict[str, float]  # of the terms
-    batches: Callable[[range], Iterator]  # one for each of these parts, in order
+    batches: Callable[[range], Iterator]  # of micro-batches, by their numbers
     optimizer: torch.optim.Optimizer
     steps: int
     ema: nn.Module | None = None
     extra: dict = field(default_factory=dict)  # what the checkpoint holds besides
 
     def states(self) -> dict:
-        """Whatever changes with an update."""
+        """Everything that an update changes."""
         parts = {"model": self.net, "optimizer": self.optimizer}
         return parts if self.ema is None else parts | {"ema": self.ema}
 
 
 def fit(job: Job, stage: Stage) -> None:
-    """The loop (Alg. 2 for the student): draw, loss, gradient, step; log; save; resume."""
+    """The training loop, for a student Alg. 2: batch, loss, gradient, step; log; save; resume."""
     config, A, net, optimizer = job.config, job.config.accumulate, stage.net, stage.optimizer
     peaks = [group["lr"] for group in optimizer.param_groups]
     first, every, unseen = runs.restore(job, stage), max(1, stage.steps // LINES), []
@@ -96,7 +96,7 @@ def fit(job: Job, stage: Stage) -> None:
         optimizer.zero_grad(set_to_none=True)
         values: dict[str, Tensor] = {}
         for i in range(A):
-            waits = job.world > 1 and i + 1 < A  # gradients are averaged once an update
+            waits = job.world > 1 and i + 1 < A  # gradients are averaged once per update
             with module.no_sync() if waits else nullcontext():
                 terms = evaluated(job, stage, module, next(batches), step)
                 loss = sum(stage.weights[name] * term for name, term in terms.items())  # Eq. 11
@@ -112,7 +112,7 @@ def fit(job: Job, stage: Stage) -> None:
         unseen.append((step, values))
         logs = step % every == 0 or step + 1 == stage.steps
         saves = (step + 1) % config.save_every == 0 or step + 1 == stage.steps
-        if logs or saves:  # no other update waits for the device
+        if logs or saves:  # the other updates do not wait for the device
             check(stage, unseen)
             unseen.clear()
         if logs:
@@ -131,7 +131,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def evaluated(job: Job, stage: Stage, module: nn.Module, batch, step: int) -> dict[str, Tensor]:
-    """The loss terms of one part of a batch, in the run's dtype."""
+    """The loss terms of one micro-batch, in the run's dtype."""
     try:
         half = job.config.dtype == "bf16"
         with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
@@ -141,7 +141,7 @@ def evaluated(job: Job, stage: Stage, module: nn.Module, batch, step: int) -> di
 
 
 def check(stage: Stage, unseen: list[tuple[int, dict[str, Tensor]]]) -> None:
-    """UsageError at the first update that gave a number which is not finite."""
+    """UsageError for the first update with a number that is not finite."""
     for step, values in unseen:
         for name, value in values.items():
             if not value.isfinite():
@@ -156,7 +156,7 @@ def diverged(stage: Stage, what: str, step: int) -> UsageError:
 
 
 def train_teacher(job: Job) -> Equilibrium:
-    """The DEQ itself, trained or taken over; returns the finished teacher, frozen."""
+    """The finished DEQ, frozen: trained here, or taken over from --teacher."""
     config, task, path = job.config, job.task, job.folder / "teacher.pt"
     if config.stage in ("student", "evaluate") and not runs.finished(path, "teacher", config):
         raise UsageError(f"--stage {config.stage}: {job.folder} has no finished teacher; train one")
@@ -166,16 +166,15 @@ def train_teacher(job: Job) -> Equilibrium:
         runs.take_over(job, net, path)
     if not runs.finished(path, "teacher", config):
         fit(job, teacher_stage(job, net, path))
-    saved = runs.read_checkpoint(job, path, "teacher")
     net = task.network(dataclasses.asdict(config))
-    net.load_state_dict(saved["model"])
+    net.load_state_dict(runs.read_checkpoint(job, path, "teacher")["model"])
     if config.compile:
         net.cell.compile()
     return net.to(job.device).eval().requires_grad_(False)
 
 
 def teacher_stage(job: Job, net: Equilibrium, path: Path) -> Stage:
-    """What the loop wants to know of a network that is trained on the labels."""
+    """The stage of a network that is trained on the labels."""
     config, state = job.config, runs.state_shape(job, net)
     options = dict(lr=config.teacher_lr, weight_decay=config.teacher_decay)
     if config.optimizer == "sgd":
@@ -196,25 +195,26 @@ def teacher_stage(job: Job, net: Equilibrium, path: Path) -> Stage:
     )
 
 
-def teacher_batches(job: Job, state: torch.Size, parts: range) -> Iterator[losses.TeacherBatch]:
-    """What TeacherLoss wants for each of these parts; state: the shape of a sample's."""
+def teacher_batches(job: Job, state: torch.Size, micros: range) -> Iterator[losses.TeacherBatch]:
+    """The micro-batches of a teacher; state: the shape of one sample's state."""
     config = job.config
-    for part, (x, y) in zip(parts, runs.samples(job, parts), strict=True):
-        random, probe = runs.generator(job, "teacher", part), None
-        steps, layers = depth(config, part // config.accumulate)
-        chance = torch.rand((), generator=random)
-        if steps and config.jac_weight > 0 and chance < JACOBIAN_SHARE:
-            probe = runs.moved(job, torch.randn(job.part, *state, generator=random)[job.share])
+    for micro, (x, y) in zip(micros, runs.samples(job, micros), strict=True):
+        random, probe = runs.generator(job, "teacher", micro), None
+        steps, layers = depth(config, micro // config.accumulate)
+        regularised = torch.rand((), generator=random) < JACOBIAN_SHARE
+        if regularised and steps and config.jac_weight > 0:
+            whole = torch.randn(job.micro_batch, *state, generator=random)
+            probe = runs.moved(job, whole[job.share])
         yield losses.TeacherBatch(x, y, steps, layers, probe)
 
 
 def depth(config: Config, step: int) -> tuple[int, int]:
-    """Steps before the gradient, and layers with it, in the teacher's update `step`.
+    """Evaluations without gradient, and layers with it, in the teacher's update `step`.
 
-    There are 0 to --before steps, drawn anew each time: the layers learn to go on from z_0 as well
-    as from the equilibrium, and from anywhere between. In the first --growing updates there is no
-    step before, and the network is unrolled: for equal shares of them one layer, then twice as many
-    at a time up to --layers. They cost little, and published DEQs begin so.
+    0 to --before evaluations are drawn anew for each update: the layers learn to go on from z_0,
+    from the equilibrium, and from anywhere between. During the first share of updates, --growing,
+    there are none and the network is unrolled, first with one layer, then with 2, 4, .. up to
+    --layers, each for equally long. Such updates are cheap, and published DEQs begin this way.
     """
     first, doublings = config.growing * config.teacher_steps, math.ceil(math.log2(config.layers))
     if step >= first:
@@ -224,7 +224,7 @@ def depth(config: Config, step: int) -> tuple[int, int]:
 
 
 def train_student(job: Job, teacher: Equilibrium) -> None:
-    """A student by either recipe; `pick_decay` finishes it."""
+    """Trains the student of either recipe; `pick_decay` then finishes it."""
     config, path = job.config, runs.student_path(job.folder, job.config.name)
     saved = runs.read_checkpoint(job, path, "student") or {}
     if "decay" in saved:
@@ -261,28 +261,28 @@ def train_student(job: Job, teacher: Equilibrium) -> None:
 
 
 def fresh_student(job: Job, teacher: Equilibrium, rho=None) -> tuple[Student, Student, float]:
-    """The student, its running average and its clock's rate, rho or measured, before any update."""
+    """A student before any update, its running average, and its clock's rate, rho or measured."""
     config, split = job.config, job.task.train
-    rows, _ = positions(len(split), 0, min(job.part, len(split), 128), config.seed)
-    x = split.batch(rows)[0].to(job.device)  # the same on every process
+    rows, _ = positions(len(split), 0, min(job.micro_batch, len(split), 128), config.seed)
+    x = split.batch(rows)[0].to(job.device)  # the same samples on every process
     rate = contraction(trajectories.sample(teacher, x, config.K, m=config.m), teacher.sample_dims)
     rho = rho or propose_rho(rate, config.K)
     runs.say(job, f"teacher contracts by {rate:.3f} per step; clock rate rho = {rho:.3f}")
     runs.log(job, contraction=rate, rho=rho)
     settings = dataclasses.asdict(config)
-    torch.manual_seed(config.seed)  # of the start's weights, whatever was drawn before
+    torch.manual_seed(config.seed)  # for the weights of the start
     student, ema = (runs.build_student(teacher, settings, rho).to(job.device) for _ in range(2))
     ema.requires_grad_(False).load_state_dict(student.state_dict())  # Alg. 2, l. 1
     return student, ema, rho
 
 
 def own_run_batches(
-    job: Job, store, student: Student, parts: range
+    job: Job, store, student: Student, micros: range
 ) -> Iterator[losses.OwnRunBatch]:
-    """What OwnRun wants for each of these parts: ends of trajectories, and times of a run."""
-    for part in parts:
-        random = runs.generator(job, "student", part)
-        x, _, rows = store.batch(part)
+    """The micro-batches of the default recipe: ends of trajectories, and the times of a run."""
+    for micro in micros:
+        random = runs.generator(job, "student", micro)
+        x, _, rows = store.batch(micro)
         z_K = runs.moved(job, store.ends(rows)).float()  # half the bytes travel, if they are bf16
         times = draw_run(job, student, random)
         past, chance = draw_past(student.memory, random)
@@ -290,8 +290,8 @@ def own_run_batches(
 
 
 def draw_run(job: Job, student: Student, random: torch.Generator) -> list[float]:
-    """Times t_0 .. t_J of a run of the student's own, J and the schedule's base drawn; where the
-    split is a single sample, a graph, every process draws others."""
+    """Times t_0 .. t_J of a run of the student's own, with J and the schedule's base drawn. On a
+    graph, which is a single sample, each process draws its own."""
     draws, own = (job.world, job.rank) if len(job.task.train) == 1 else (1, 0)
     J = torch.randint(1, job.config.rollout_max + 1, (draws,), generator=random)[own]
     pick = torch.randint(len(job.task.decays), (draws,), generator=random)[own]
@@ -299,17 +299,17 @@ def draw_run(job: Job, student: Student, random: torch.Generator) -> list[float]
 
 
 def trajectory_batches(
-    job: Job, store, student: Student, parts: range
+    job: Job, store, student: Student, micros: range
 ) -> Iterator[losses.TrajectoryBatch]:
-    """What Distillation wants for each of these parts: states of trajectories about a step k."""
+    """The micro-batches of the recipe `paper`: states of trajectories up to a step k."""
     K = job.config.K
-    for part in parts:
-        random = runs.generator(job, "student", part)
-        k = torch.randint(1, K + 1, (job.part,), generator=random)  # Alg. 2, l. 3
-        draws = torch.rand(job.part, K + 1, generator=random)
+    for micro in micros:
+        random = runs.generator(job, "student", micro)
+        k = torch.randint(1, K + 1, (job.micro_batch,), generator=random)  # Alg. 2, l. 3
+        draws = torch.rand(job.micro_batch, K + 1, generator=random)
         ks = torch.stack([k - 2, k - 1, k, torch.full_like(k, K)], dim=1).clamp(min=0)
         ks, k = trajectories.augment(ks, draws)[job.share], k[job.share]
-        x, y, rows = store.batch(part)
+        x, y, rows = store.batch(micro)
         states = tuple(runs.moved(job, z).float() for z in store.states(rows, ks))
         x, y, k, early = (runs.moved(job, v) for v in (x, y, k, losses.early(K, k)))
         past, _ = draw_past(student.memory, random)
@@ -318,7 +318,7 @@ def trajectory_batches(
 
 def draw_past(memory: int, random: torch.Generator) -> tuple[int, float]:
     """How many positions of a text's window are history, all of `memory` or none; and a number in
-    [0, 1) that decides whose states they have."""
+    [0, 1) that decides where their states come from."""
     if not memory:
         return 0, 1.0
     past, chance = torch.rand(2, generator=random).tolist()

@@ -5,20 +5,20 @@ Paper: Sec. 3.2, App. B.2, Alg. 4.
     z_{k+1} = S_AA({z_i}; f, x), k = 0 .. K-1, from z_0                          Alg. 4, l. 1-5
     z_k <- z_K with probability p_aug, for 1 <= k <= K - 3                       (13), l. 7-12
 
-Three stores with one interface: `Memory` and `Disk` hold every trajectory of the train split,
-`Rolling` a bounded window of them, made on the fly, each used `reuse` times and then replaced (in
-full, ImageNet would take 13 TB). `plan` picks one by its bytes.
+Three stores have one interface. `Memory` and `Disk` hold every trajectory of the train split;
+`Rolling` holds a window of trajectories that are made on the fly, used `reuse` times each and then
+replaced (all of ImageNet's would take 13 TB). `plan` picks the first one that fits its budget.
 
-    store.batch(step) -> x, y, rows       what to train on at this step: a pure function of the step
+    store.batch(step) -> x, y, rows       the micro-batch of this number, a pure function of it
     store.ends(rows) -> z_K               of those samples, (B, ...)
     store.states(rows, ks) -> states      z_k of those samples: ks (B, n) -> n tensors (B, ...)
 
-Only the recipe `paper` asks for `states`. The default one asks for `ends`, and its store keeps
-nothing else: one state of each sample instead of K + 1.
+Only the recipe `paper` asks for `states`. The default recipe asks for `ends`, so its store keeps
+one state of each sample instead of K + 1.
 
 Departs from the paper: z_0 = 0, as its footnote 1 has it and inference does (Alg. 4 draws it from
-N(0, I)). Eq. 13 is drawn anew at every use instead of once into the cache: it only redirects an
-index, and a fixed draw would hide the same states from the student for good.
+N(0, I)). Eq. 13 is drawn anew at every use, not once when the cache is filled: it only redirects
+an index, and a fixed draw would hide the same states from the student throughout the training.
 """
 
 import itertools
@@ -43,15 +43,15 @@ from runs import Job, moved, say, state_shape
 from tasks import Split, positions
 
 Solve = Callable[[Tensor], Tensor]  # x (B, ...) -> states (n, B, ...), the last one z_K
-# Eq. 13: its probability, the first step that may be replaced, and the last ones that stay.
+# Eq. 13: the probability; the first step that may be replaced; how many last ones may not.
 P_AUG, K_MIN, K_TAIL = 0.1, 1, 3
 REUSE = 8  # uses of a trajectory in the rolling store
 
 
 @torch.no_grad()
 def sample(net: Equilibrium, x: Tensor, K: int, ends: bool = False, **solver) -> Tensor:
-    """The teacher's trajectory on x: (K + 1, B, state...), z_K standing for z*; with `ends` z_K
-    alone, (1, B, state...)."""
+    """The teacher's trajectory on x, (K + 1, B, state...), whose z_K stands for z*; with `ends`,
+    z_K alone, (1, B, state...)."""
     u = net.inject(x)
     options = dict(sample_dims=net.sample_dims, last=ends, **solver)
     states = anderson(lambda z: net.f(z, u), net.initial(u), K, **options)  # Alg. 4, l. 1-5
@@ -59,8 +59,8 @@ def sample(net: Equilibrium, x: Tensor, K: int, ends: bool = False, **solver) ->
 
 
 def augment(ks: Tensor, draws: Tensor) -> Tensor:
-    """Redirects steps ks (B, n) to K where their state is replaced by z_K; draws (B, K + 1) in
-    [0, 1), one per state, so that every view of the same trajectory sees the same replacement."""
+    """Redirects steps ks (B, n) to K where their state is replaced by z_K. draws (B, K + 1) in
+    [0, 1), one per state, so that a step that stands twice in a row of ks is replaced twice."""
     K = draws.shape[1] - 1
     k = torch.arange(K + 1, device=ks.device)
     replaced = (draws < P_AUG) & (k >= K_MIN) & (k <= K - K_TAIL)
@@ -68,8 +68,8 @@ def augment(ks: Tensor, draws: Tensor) -> Tensor:
 
 
 def plan(n: int, states: int, size: int, dtype: torch.dtype, cache_gb: float, disk_gb: float):
-    """Which store fits n samples with so many states of `size` numbers each, and the arithmetic in
-    words: (kind, message)."""
+    """The store that fits n samples with so many states of `size` numbers each, and a line that
+    shows the arithmetic: (kind, message)."""
     each = states * size * dtype.itemsize
     full = n * each / 1e9
     kind = "memory" if full <= cache_gb else "disk" if full <= disk_gb else "rolling"
@@ -81,7 +81,7 @@ def plan(n: int, states: int, size: int, dtype: torch.dtype, cache_gb: float, di
 
 
 def make_store(job: Job, teacher: Equilibrium, ends: bool) -> "Memory":
-    """The train split's trajectories, or their ends alone, in the store that fits the budgets."""
+    """The trajectories of the train split, or their ends, in a store that fits the budgets."""
     config, split = job.config, job.task.train
     dtype, states = DTYPES[config.cache_dtype], 1 if ends else config.K + 1
     size, budgets = state_shape(job, teacher).numel(), (config.cache_gb, config.disk_gb)
@@ -95,7 +95,7 @@ def make_store(job: Job, teacher: Equilibrium, ends: bool) -> "Memory":
         with torch.autocast(job.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             return sample(teacher, x, config.K, ends, m=config.m)
 
-    common = (solve, split, job.part, config.seed)
+    common = (solve, split, job.micro_batch, config.seed)
     options = dict(chunk=config.chunk, dtype=dtype)
     if kind == "memory":
         return Memory(*common, **options)
@@ -104,7 +104,7 @@ def make_store(job: Job, teacher: Equilibrium, ends: bool) -> "Memory":
         folder = job.folder / ("equilibria" if ends else "trajectories")
         return Disk(*common, folder=folder, header=header, **options)
     slots = int(config.cache_gb * 1e9 / (states * size * dtype.itemsize))
-    # No more than one of each sample, and to fill it at most a fifth of all solves.
+    # At most one trajectory per sample, and at most a fifth of all solves to fill it at first.
     solves = config.student_steps * config.batch // REUSE
     slots = min(slots, max(REUSE, min(len(split), solves // 4) // job.world))
     options |= dict(augment=config.augment, workers=config.workers)
@@ -112,9 +112,9 @@ def make_store(job: Job, teacher: Equilibrium, ends: bool) -> "Memory":
 
 
 class Memory:
-    """Every trajectory in memory. Ranks solve a share each and then exchange them.
+    """Every trajectory in memory. Each rank solves a share, then all exchange them.
 
-    batch: global batch size; rank r serves its slice of each global batch.
+    batch: size of a micro-batch over all ranks; rank r serves its slice of it.
     """
 
     def __init__(self, solve: Solve, split: Split, batch: int, seed: int, *, chunk: int, dtype):
@@ -143,7 +143,7 @@ class Memory:
                 dist.broadcast(part, src=i % self.world)
 
     def own_chunks(self, chunks):
-        """This rank's share of the work, with a progress bar on rank 0."""
+        """This rank's share of the chunks, with a progress bar on rank 0."""
         own = list(chunks)[self.rank :: self.world]
         return tqdm(own, desc="trajectories", unit="chunk", disable=None if not self.rank else True)
 
@@ -169,8 +169,8 @@ class Disk(Memory):
     """Every trajectory in memory-mapped files of `chunk` samples, shared by the ranks of a node.
 
     A shard is a magic word, the length of a JSON header, the header, the checksum of both, and raw
-    numbers. The header binds it to `header` (teacher, solver, split) and holds the checksum of the
-    numbers; both are verified at every start.
+    numbers. The header says what they were made from (`header`: teacher, solver, split) and holds
+    their checksum; all of it is verified at every start.
     """
 
     MAGIC = b"CDEQ-trajectory\n"
@@ -240,10 +240,10 @@ class Disk(Memory):
 class Rolling(Memory):
     """A window of `slots` trajectories per rank over an endless shuffled stream of samples.
 
-    The window is `reuse` chunks. Each pass over it uses every slot once and then replaces the
-    oldest chunk by the next one of the stream. Its contents are a function of the step, so a
-    resumed run solves the same window again. Inputs are kept beside their states and, if `augment`,
-    are random views, new with every chunk. seconds: spent on solves so far.
+    The window is `reuse` chunks. A pass over it uses every slot once; then the next chunk of the
+    stream replaces the oldest one. Its contents are a function of the step, so that a resumed run
+    solves the same window again. Inputs are kept beside their states; if `augment`, they are random
+    views, new in every chunk. seconds: time spent on solves so far.
     """
 
     def __init__(self, solve, *args, slots, reuse=REUSE, augment=False, workers=0, **options):

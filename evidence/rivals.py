@@ -88,9 +88,9 @@ def train_direct(job: Job, J: int) -> None:
     train.fit(job, dataclasses.replace(stage, batches=partial(direct_batches, job, J), **more))
 
 
-def direct_batches(job: Job, J: int, parts: range) -> Iterator[TeacherBatch]:
-    for part, (x, y) in zip(parts, samples(job, parts), strict=True):
-        runs.generator(job, "teacher", part)
+def direct_batches(job: Job, J: int, micros: range) -> Iterator[TeacherBatch]:
+    for micro, (x, y) in zip(micros, samples(job, micros), strict=True):
+        runs.generator(job, "teacher", micro)
         yield TeacherBatch(x, y, 0, J)
 
 
@@ -131,9 +131,9 @@ class ExplicitLoss(nn.Module):
         return {"task": self.net.nll(*batch).mean()}
 
 
-def explicit_batches(job: Job, parts: range) -> Iterator[tuple[Tensor, Tensor]]:
-    for part, batch in zip(parts, samples(job, parts), strict=True):
-        runs.generator(job, "explicit", part)
+def explicit_batches(job: Job, micros: range) -> Iterator[tuple[Tensor, Tensor]]:
+    for micro, batch in zip(micros, samples(job, micros), strict=True):
+        runs.generator(job, "explicit", micro)
         yield batch
 
 
@@ -208,11 +208,11 @@ class LearnedSolverLoss(nn.Module):
         }
 
 
-def ends_batches(job: Job, store, parts: range) -> Iterator[EndsBatch]:
-    for part in parts:
-        x, _, rows = store.batch(part)
+def ends_batches(job: Job, store, micros: range) -> Iterator[EndsBatch]:
+    for micro in micros:
+        x, _, rows = store.batch(micro)
         z_K = store.ends(rows).to(job.device, torch.float32)
-        yield EndsBatch(x.to(job.device), z_K, part // job.config.accumulate)
+        yield EndsBatch(x.to(job.device), z_K, micro // job.config.accumulate)
 
 
 def main(argv: list[str]) -> None:
