@@ -78,8 +78,8 @@ def begin(config: Config, task: Task) -> Job:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     versions = dict(torch=torch.__version__, data=job.data)
     log(job, start=dataclasses.asdict(config), **provenance(), **versions)
-    if said := task.said():
-        say(job, said)
+    if remark := task.remark():
+        say(job, remark)
     return job
 
 

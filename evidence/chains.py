@@ -1,11 +1,11 @@
-"""The chains of tasks/chains.py: who sees how far? Test accuracy by the length of a chain.
+"""The chains of tasks/chains.py: test accuracy by the length of a chain.
 
     python -m evidence.chains                                  -> results/chains.json, .md, .png
     python -m evidence.chains --tasks chains-10 chains-20 --seeds 0 1
 
-Each run that is missing is trained first, by the commands of train.py and evidence/rivals.py; what
-is finished is not done again. A teacher of preset ignn-far is one of preset ignn, and taken over
-from there: the presets differ in the start of their students alone.
+A run that is missing is trained first, by the commands of train.py and evidence/rivals.py. The
+teacher of preset ignn-far is taken over from preset ignn: the presets differ only in the start of
+their students.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TITLES = {
     "10": "test accuracy, %, the same; ten classes",
     "seconds": "seconds from the injected input to the state, the same; two classes",
 }
-# What the figure shows of the table.
+# The lines of the figure: name and style of some rows of the table.
 SHOWN = {
     "ignn by picard, 4 L": ("IGNN, equilibrium", "C0-"),
     "eignn by picard, 4 L": ("EIGNN, equilibrium", "C2--"),
@@ -73,11 +73,11 @@ def measure(folder: Path) -> dict[str, float]:
     """Test accuracy of every method of one task and seed, by method and evaluations."""
     run = runs.open_run(folder)
     rivals, test = open_rivals(run), run.task.test
-    found = end(run, "ignn")
+    found = at_equilibrium(run, "ignn")
     for name in OTHERS:
-        found |= end(beside(folder, name), name)
-    found |= some(run, "picard") | some(run, "anderson") | some(run, "cdeq")
-    far = some(beside(folder, FAR), "cdeq")
+        found |= at_equilibrium(beside(folder, name), name)
+    found |= after_few(run, "picard") | after_few(run, "anderson") | after_few(run, "cdeq")
+    far = after_few(beside(folder, FAR), "cdeq")
     found |= {name.replace("cdeq", f"cdeq {FAR}"): value for name, value in far.items()}
     for J, net in rivals.direct.items():
         method = {"direct": solved_by(net, picard_of(net))}
@@ -96,14 +96,14 @@ def table(run: Run) -> dict:
     return methods(run, Rivals({}, {}, {}))
 
 
-def some(run: Run, name: str) -> dict[str, float]:
-    """Of a method of the run, after few evaluations."""
+def after_few(run: Run, name: str) -> dict[str, float]:
+    """A method of the run after 1, 4 and 8 evaluations."""
     rows = evaluate(run, {name: table(run)[name]}, run.task.test, FEW, converge=False)[name]
     return {f"{name}, {row['nfe']}": row["value"] for row in rows}
 
 
-def end(run: Run, name: str) -> dict[str, float]:
-    """Of a teacher by either solver, after K evaluations and a half and a quarter of them."""
+def at_equilibrium(run: Run, name: str) -> dict[str, float]:
+    """A teacher by either solver, after K, K / 2 and K / 4 evaluations: 4, 2 and 1 per node."""
     both, K = {key: table(run)[key] for key in ("picard", "anderson")}, run.config["K"]
     rows = evaluate(run, both, run.task.test, (K // 4, K // 2, K), converge=False)
     return {f"{name} by {key}, {times}": row["value"] for key, found in rows.items()
@@ -130,8 +130,8 @@ def seconds(folder: Path) -> dict[str, float]:
 
 
 def part(title: str, columns: dict[str, list[dict[str, float]]]) -> dict:
-    """A table: by method, a list of values, one by seed, for each column. columns: by name, what
-    each seed gave."""
+    """A table: for each method a list of columns, each a list of values by seed. columns: by name,
+    the values of every seed."""
     names = dict.fromkeys(name for seeds in columns.values() for one in seeds for name in one)
     cells = {name: [[one[name] for one in seeds] for seeds in columns.values()] for name in names}
     digits = 5 if title == "seconds" else 1

@@ -1,13 +1,14 @@
-"""When a student pays: evaluations needed against how fast the teacher contracts.
+"""When does a student pay? The evaluations that methods need, by how fast the teacher contracts.
 
     python -m evidence.contraction --task digits-graph     -> results/digits-graph-contraction.json
     python -m evidence.contraction --task digits-hard --seeds 0 1
 
-Teachers of one network that differ in how fast they converge alone: by the bound kappa of a graph's
-rate, by the weight of the Jacobian regularisation elsewhere. Of each: the error that an Anderson
-step leaves, the converged metric, and the fewest evaluations from which on a method's validation
-metric stays as good as that. Runs are kept in runs/contraction/ and go on where they were stopped;
-a teacher whose training failed is named and left out.
+The teachers of a study are the same network and differ only in how fast they converge: by the bound
+kappa of a graph network's rate, or by the weight of the Jacobian regularisation. For each one, the
+study reports the error that an Anderson step leaves, the converged metric, and the fewest
+evaluations from which on a method's validation metric stays as good. Runs are kept in
+runs/contraction/ and continue where they were stopped; a teacher whose training failed is named and
+left out.
 """
 
 import argparse
@@ -29,11 +30,11 @@ from tasks import Task, graphs
 KAPPA = tuple(("--kappa", value) for value in ("0.5", "0.8", "0.9", "0.95", "0.99"))
 JACOBIAN = tuple(("--jac_weight", value) for value in ("1", "0.3", "0.1", "0.03", "0"))
 METHODS = ("picard", "anderson", "hyperdeq", "cdeq")
-LONG = ("--K", "60")  # steps of the teacher's solver: slow teachers, too, arrive
+LONG = ("--K", "60")  # steps of the solver: enough for slow teachers, too
 
 
 def trained(task: str, seed: int, setting: tuple[str, str], more: list[str]) -> Path:
-    """The folder of a teacher with its student and learned solver, trained where they are not."""
+    """The folder of a teacher, its student and its learned solver, which are trained if missing."""
     folder = Path(f"runs/contraction/{task}-seed{seed}{setting[0]}-{setting[1]}")
     flags = ["--task", task, "--seed", str(seed), *setting, *LONG, *more]
     flags += ["--out", str(folder)]
@@ -44,11 +45,11 @@ def trained(task: str, seed: int, setting: tuple[str, str], more: list[str]) -> 
 
 
 def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
-    """What the study tells of one teacher. A learned solver that diverges on it has no numbers."""
+    """The study's numbers for one teacher; a learned solver that diverges on it has none."""
     run = runs.open_run(folder)
     try:
         found = measure(run, open_rivals(run))
-    except FloatingPointError:  # a learned solver may diverge where it was not trained
+    except FloatingPointError:  # of the learned solver, after more steps than it was trained for
         found = measure(run, Rivals({}, {}, {}))
     equal = {one["method"]: one for one in found["equal"]}
     points = {(one["method"], one["nfe"]): one for one in found["rows"]}
@@ -71,7 +72,7 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
 
 
 def study(task: Task, rows: list[dict]) -> dict:
-    """The study's tables, a column for each setting, from what is known of each teacher."""
+    """The study's tables, with a column for each setting."""
     settings = list(dict.fromkeys(one["setting"] for one in rows))
 
     def by_setting(cell: Callable[[dict], object]) -> list[list]:

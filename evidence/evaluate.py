@@ -1,10 +1,10 @@
-"""What a method is worth over a split: metric, residual, distance to the equilibrium, by NFE.
+"""Measures methods over a split: metric, residual and distance to the equilibrium, by NFE.
 
-    residual   |f(z) - z| / |z| under the teacher's f, Fig. 2's measure; per sample, then the mean
-    distance   |z - z*| / |z*|, z* where the teacher's own solver arrives after 2 K evaluations
+    residual   |f(z) - z| / |z| under the teacher's f, as in Fig. 2; per sample, then the mean
+    distance   |z - z*| / |z*|, where z* is the teacher's own solver after 2 K evaluations
 
-Means of means would weigh samples by their batch: every process sums and counts, and divides once
-all are together. The metric's summands are kept one by one, for intervals to draw from.
+Every process adds up sums and counts, and the division comes last: a mean of means would weigh
+samples by their batch. The metric's summands are kept one by one, for the bootstrap of intervals.
 """
 
 import collections
@@ -34,11 +34,10 @@ def evaluate(
     own_memory: bool = True,
     converge: bool = True,
 ) -> dict[object, list[dict]]:
-    """Metric, residual and distance of each method, a row by NFE: means over labels, and the
-    metric's items.
+    """For each method, a row per NFE with means over labels and the metric's items.
 
-    own_memory, for networks that see the segment before: its states are those that the same method
-    gave with the same NFE; otherwise the teacher's equilibria. converge: whether there is an
+    own_memory: a network that sees the segment before sees the states that the same method gave
+    there with the same NFE; otherwise the teacher's equilibria. converge: False if there is no
     equilibrium to measure residual and distance by.
     """
     net, nfes = run.teacher, nfes or run.task.nfes
@@ -73,7 +72,7 @@ def evaluate(
 
 
 def own_states(method: Method, x: Tensor, memories: dict) -> Iterator[Tensor]:
-    """z at each NFE of `memories`, where each is replaced by what z leaves for the next segment."""
+    """z at each NFE of `memories`; each memory is replaced by the one that z leaves."""
     for nfe, memory in memories.items():
         u = method.inject(x, memory)
         z = method.solve(method.initial(u), u, nfe, last=True)
@@ -82,8 +81,8 @@ def own_states(method: Method, x: Tensor, memories: dict) -> Iterator[Tensor]:
 
 
 def states_of(method: Method, x: Tensor, memories: dict, star) -> Iterator[Tensor]:
-    """z at each NFE of `memories`, from one solve that passes through them all; the next segment
-    has the state star, the same for all."""
+    """z at each NFE of `memories`, from one solve that passes through all of them; the memory of
+    the next segment is the state star for each."""
     u = method.inject(x, next(iter(memories.values())))
     states = method.solve(method.initial(u), u, max(memories))
     if star is not None:
@@ -92,8 +91,8 @@ def states_of(method: Method, x: Tensor, memories: dict, star) -> Iterator[Tenso
 
 
 def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x and y of every world-size-th sample of a split, on the device, and the unit of each: views
-    of one picture are one unit. A graph is one sample, on one rank."""
+    """This rank's samples of a split: x and y on the device, and the unit of each sample (views of
+    one picture are one unit). A graph is one sample, on one rank."""
     rank, world = ranks()
     rows = torch.arange(rank, len(split), world).split(batch)
     batches = ((part,) for part in rows if len(part))
@@ -106,8 +105,8 @@ def stream(run: Run, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor,
 
 
 def measures(run: Run, z: Tensor, u: Tensor, star: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """What tables tell of a state z, sums over labels: metrics and, where there is an equilibrium
-    star, the residual under the teacher's f and the distance to it."""
+    """The measures of a state z as sums over labels: metrics and, if there is an equilibrium star,
+    the residual under the teacher's f and the distance to star."""
     net, wanted = run.teacher, scores(run.task)
     found = {"nll": net.nll(z, y) * labels(y)}
     if star is not None:
@@ -118,7 +117,7 @@ def measures(run: Run, z: Tensor, u: Tensor, star: Tensor, y: Tensor) -> dict[st
 
 
 def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
-    """z*: the teacher's own solver for twice the trajectory's length. A reference, not counted."""
+    """z*: the teacher's own solver after 2 K evaluations, a reference that is not counted."""
     net, steps = run.teacher, 2 * run.config["K"]
     return anderson(
         lambda z: net.f(z, u), z0, steps, last=True, sample_dims=net.sample_dims, **run.solver()
@@ -126,10 +125,10 @@ def equilibrium(run: Run, z0: Tensor, u: Tensor) -> Tensor:
 
 
 def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
-    """The schedule's base on the validation split, and each candidate's mean metric and distance.
+    """The base of the schedule, chosen on the validation split, and the scores of all candidates.
 
-    Of all candidates whose metric, mean over the NFEs, is within half a per cent of the best, the
-    one nearest to the equilibrium: differences below that are noise on a small split.
+    Of the candidates whose metric, the mean over the NFEs, is within half a per cent of the best,
+    it is the one nearest to the equilibrium: smaller differences are noise on a small split.
     """
     sign = 1 if run.task.higher_is_better else -1
     split = run.task.to_choose()
@@ -145,7 +144,7 @@ def choose_decay(run: Run, student: Student) -> tuple[float, dict]:
 
 @torch.no_grad()
 def evaluate_anytime(run: Run, name: str, split: str, tol: float, max_nfe: int) -> dict:
-    """Metric and NFE of a student's anytime mode over a split, named."""
+    """Metric and NFE of a student's anytime mode on the split of this name."""
     student, decay = run.students[name]
     scores, used = [], []
     for x, y, _ in stream(run, getattr(run.task, split), 128):
@@ -163,16 +162,15 @@ def evaluate_anytime(run: Run, name: str, split: str, tol: float, max_nfe: int) 
 
 
 class Tally:
-    """Sums over labels of what tables tell of one method's states at one NFE."""
+    """Sums over labels of the measures of one method at one NFE."""
 
     def __init__(self):
         self.sums: dict[str, float] = collections.defaultdict(float)
         self.items: list[Tensor] = []
 
     def add(self, found: dict[str, Tensor], y: Tensor, units: Tensor) -> None:
-        """found: sums over each sample's labels, (B,), or for every label, the shape of y; the
-        metric's come one by one into `items`, as what an interval draws from. units (B,): what
-        each sample belongs to; of a graph, each node is one."""
+        """found: values per sample, (B,), or per label, in the shape of y; those of the metric are
+        also kept one by one. units (B,): of each sample; on a graph, each node is a unit."""
         known = labels(y)
         for name, values in found.items():
             self.sums[name] += values.double().sum().item()
@@ -184,8 +182,8 @@ class Tally:
         self.items.append(torch.stack([v.cpu().double() for v in (units, metric, known)], dim=1))
 
     def row(self) -> dict:
-        """Means over labels, perplexity where there is no other metric, and the items (n, 3): which
-        unit of the sample each belongs to, its sum, its number of labels."""
+        """Means over labels, the perplexity if there is no other metric, and the metric's items
+        (n, 3): unit, sum and number of labels of each."""
         means = {name: value / self.sums["labels"] for name, value in self.sums.items()}
         means.setdefault("value", math.exp(min(means["nll"], 700.0)))
         means.pop("labels")
@@ -207,7 +205,7 @@ def gathered(tallies: list[Tally]) -> list[Tally]:
 
 
 def scores(task: Task) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """What a task tells of logits, by name."""
+    """The functions of logits that a task reports, by name."""
     return ({"value": task.score} if task.score else {}) | task.further
 
 

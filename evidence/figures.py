@@ -1,4 +1,4 @@
-"""Figures of reports. A method has one color in all of them."""
+"""Figures of reports. Each method has the same color in all of them."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def canvas_of(n: int):
 
 
 def save(canvas, path: Path) -> None:
-    """Writes the figure as a PNG, and forgets it."""
+    """Writes the figure as a PNG and closes it."""
     from matplotlib import pyplot
 
     with atomic(path) as file:

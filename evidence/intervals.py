@@ -1,13 +1,13 @@
 """How sure a difference between two methods is: 95 % intervals by the paired bootstrap.
 
-Two methods answer the same test sample, by networks of the same seeds. Their difference is computed
-again on resampled units of the sample (a picture with all its views, a node, a segment of a stream
-of words), the same ones for both methods, and on resampled seeds; the interval holds the middle
-95 % of what comes out (Efron & Tibshirani, 1993). Pairing matters: on an input that all find
-hard, methods fail together, and what they share cancels in the difference.
+Two methods are tested on the same sample, with networks of the same seeds. Their difference is
+recomputed on resampled units of the sample (a picture with all its views, a node, a segment of a
+stream of words), the same ones for both methods, and on resampled seeds; the interval holds the
+middle 95 % of the results (Efron & Tibshirani, 1993). Pairing matters: methods fail together on
+inputs that are hard for all of them, and this cancels in the difference.
 
-The sample's part is sound from some hundred units on. Of n seeds only n - 1 are free, so that with
-three of them their part comes out a fifth too narrow; with one seed it is left out.
+A few hundred units are enough for the sample's share of the interval. With three seeds, the share
+of the seeds is a fifth too narrow, since only two of them are free; with one seed it is left out.
 """
 
 import functools
@@ -35,10 +35,10 @@ def by_unit(items: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def difference(a: BySeed, b: BySeed, perplexity: bool) -> tuple[float, float, float]:
-    """The metric of a less that of b, mean over the seeds that both have, and its interval.
+    """The metric of a minus that of b, the mean over their common seeds, and its interval.
 
-    perplexity: the metric is exp of the mean, not the mean. Raises ValueError where a and b were
-    not measured on the same units, or have no seed in common.
+    perplexity: the metric is exp of the mean, not the mean. Raises ValueError if a and b were not
+    measured on the same units or have no seed in common.
     """
     seeds = sorted(a.keys() & b.keys())
     if not seeds:

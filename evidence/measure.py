@@ -1,4 +1,4 @@
-"""What a run folder is worth: every method at equal NFE, with time and memory."""
+"""The report of a run folder: every method at equal NFE, with time and memory."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ BATCH = 128  # samples that are answered together
 
 
 def pick_decay(job: runs.Job) -> None:
-    """Chooses the schedule's base on the validation split; the student is finished with it."""
+    """Chooses the schedule's base on the validation split, which finishes the student."""
     path = runs.student_path(job.folder, job.config.name)
     if runs.finished(path, "student", job.config):
         return
@@ -41,7 +41,7 @@ def pick_decay(job: runs.Job) -> None:
 
 
 def report(run: Run) -> None:
-    """Measures all that is finished in a run's folder: report.json, report.md, report.png."""
+    """Measures everything finished in a run folder: report.json, report.md, report.png."""
     result = measure(run, open_rivals(run))
     if ranks()[0] == 0:  # the one that measured times
         print(write(merge([result]), run.folder / "report"))
@@ -49,8 +49,8 @@ def report(run: Run) -> None:
 
 @torch.no_grad()
 def measure(run: Run, rivals: Rivals) -> dict:
-    """Every method of a run on the test split; merge.py makes of it the form of report.json and of
-    results/."""
+    """Every method of a run on the test split. merge.py turns such measurements into the form of
+    report.json and of results/."""
     task = run.task
     table, end = methods(run, rivals), ("anderson", run.config["K"])
     converged, name_K = {"anderson": table["anderson"]}, (run.config["K"],)
@@ -88,8 +88,8 @@ def measure(run: Run, rivals: Rivals) -> dict:
 
 
 def equals(run: Run, table: dict) -> dict[str, int | None]:
-    """The fewest evaluations from which on each method's validation metric stays as good as the
-    converged teacher's, less the task's margin; None where it never does within K."""
+    """For each method, the fewest evaluations from which on its validation metric stays within the
+    task's margin of the converged teacher's; None if there is no such number up to K."""
     task, K = run.task, run.config["K"]
     nfes = tuple(range(1, K + 1))
     curves = evaluate(run, table, task.to_choose(), nfes, BATCH, own_memory=False)
@@ -103,8 +103,8 @@ def equals(run: Run, table: dict) -> dict[str, int | None]:
 
 
 def measured(run: Run, rivals: Rivals, table: dict, further: set[tuple] = frozenset()):
-    """A row for every method and NFE of the task's tables, for every direct and every explicit
-    network; and, by (method, NFE), the metric and the seconds there and at the further ones."""
+    """Rows of the task's tables: each method by NFE, each direct and each explicit network. Also,
+    by (method, NFE) and including the `further` ones, measures and seconds."""
     data, nfes = run.task.test, {*run.task.nfes, *(nfe for _, nfe in further)}
     curves = evaluate(run, table, data, tuple(sorted(nfes)))
     points = {(name, row["nfe"]): row for name in table for row in curves[name]}
@@ -126,7 +126,7 @@ def measured(run: Run, rivals: Rivals, table: dict, further: set[tuple] = frozen
         found["valid"] = evaluate_explicit(run, net, run.task.valid)["value"]
         rows.append({"method": name, "nfe": None, **found, "params": params})
     spent: dict = collections.defaultdict(lambda: (None, None))
-    if not ranks()[0]:  # one rank measures, the others wait; it is the one that writes
+    if not ranks()[0]:  # one rank measures time while the others wait
         spent |= cost(run, rivals, table, wanted | further, BATCH)
     for row in rows:
         seconds, memory = spent[row["method"], row["nfe"]]
@@ -135,7 +135,7 @@ def measured(run: Run, rivals: Rivals, table: dict, further: set[tuple] = frozen
 
 
 def parameters(run: Run, rivals: Rivals, method: str) -> int:
-    """Trainable numbers that a method needs: the teacher's, and the student's beside them."""
+    """Parameters that a method needs: the teacher's, and those of a student or learned solver."""
     method = method.removesuffix("-shared").removesuffix("+anderson")
     networks = [run.teacher, *(s for name, (s, _) in run.students.items() if label(name) == method)]
     networks += [solver for name, solver in rivals.learned.items() if name == method]
@@ -144,7 +144,7 @@ def parameters(run: Run, rivals: Rivals, method: str) -> int:
 
 @torch.no_grad()
 def contraction_of(run: Run, batch: int = 128) -> float:
-    """The error factor per Anderson step of a teacher, measured on a batch to validate."""
+    """The error factor per Anderson step of a teacher, on a batch of the validation split."""
     net, split = run.teacher, run.task.valid
     x, y = split.batch(torch.arange(min(batch, len(split))))
     u = net.inject(next(net.segments(x.to(run.device), y))[0])
@@ -155,7 +155,7 @@ def contraction_of(run: Run, batch: int = 128) -> float:
 
 @torch.no_grad()
 def evaluate_explicit(run: Run, net: nn.Module, split: Split) -> dict:
-    """The metrics of a network of finite depth over a split, and the metric's items."""
+    """The measures of a network of finite depth over a split."""
     wanted, tally = scores(run.task), Tally()
     for x_all, y_all, samples in stream(run, split, BATCH):
         for segment, (x, y) in enumerate(net.segments(x_all, y_all)):

@@ -1,4 +1,4 @@
-"""Reports of several seeds as one: means, spreads, and intervals of differences."""
+"""Merges the reports of several seeds: means, spreads, and intervals of differences."""
 
 import statistics
 
@@ -7,8 +7,8 @@ from evidence.intervals import difference
 
 
 def merge(reports: list[dict]) -> dict:
-    """One report over seeds: means of every number, the metric's std (n - 1) and n, and in place of
-    its items the intervals of its difference to the teacher and to the direct network."""
+    """One report over seeds: means of all numbers, std (n - 1) and n of the metric and, in place of
+    its items, intervals of its differences to the teacher and to the direct network."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
     for one in reports:
@@ -26,7 +26,7 @@ def merge(reports: list[dict]) -> dict:
                 sides = ({r["seed"]: r["items"] for r in side} for side in (rows, other))
                 row[name] = difference(*sides, perplexity=result["metric"] == "perplexity")
     result["injection_seconds"] = statistics.fmean(r["injection_seconds"] for r in reports)
-    result["equal"] = [  # only methods that get there with every seed
+    result["equal"] = [  # only methods that are as good with every seed
         {**mean(rows), "nfe": [nfe for row in rows for nfe in row["nfe"]]}
         for rows in grouped(reports, "equal", ("method",))
         if len(rows) == len(reports)
@@ -51,7 +51,7 @@ def mean(rows: list[dict]) -> dict:
 
 
 def grouped(reports: list[dict], part: str, keys: tuple[str, ...]) -> list[list[dict]]:
-    """The rows of a part of all reports, those that agree in these keys together."""
+    """The rows of one part of all reports, grouped by these keys."""
     groups: dict[tuple, list[dict]] = {}
     for row in (row for one in reports for row in one[part]):
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

@@ -1,4 +1,4 @@
-"""Every way to the equilibrium of a run's teacher: one signature, and a counter for each."""
+"""All methods that approach the equilibrium of a teacher, with one signature and a counter."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +16,10 @@ from student import Student
 
 
 def methods(run: Run, rivals: Rivals) -> dict[str, Method]:
-    """Every solver of a run behind one signature, each with the counter of its evaluations.
+    """Every method of a run, by name.
 
-    Where tokens have Anderson weights of their own, "anderson-shared" is the same with one weight
-    vector for a whole sequence, which lets the future leak into earlier predictions.
+    Where each token has its own Anderson weights, "anderson-shared" has one weight vector for a
+    whole sequence, which lets later words leak into earlier predictions.
     """
     net, dims, window = run.teacher, {"sample_dims": run.teacher.sample_dims}, run.solver()
     solvers = {"picard": picard_of(net), "anderson": partial(anderson, **dims, **window)}
@@ -37,7 +37,7 @@ def methods(run: Run, rivals: Rivals) -> dict[str, Method]:
 
 
 def solved_by(net: Equilibrium, solver: Callable[..., Tensor], start=None) -> Method:
-    """A solver of the teacher as a method. start(u): its own z_0."""
+    """A solver of the teacher as a method. start(u): its z_0, if not the teacher's."""
     f = Counter(net.f)
 
     def solve(z0: Tensor, u: Tensor, nfe: int, last: bool = False) -> Tensor:
@@ -47,8 +47,8 @@ def solved_by(net: Equilibrium, solver: Callable[..., Tensor], start=None) -> Me
 
 
 class JumpThenSolve(Method):
-    """The student's first answer in place of z_0, then the teacher's Anderson acceleration: the
-    jump of the one, the convergence of the other. Each has an injection of its own: u is a pair."""
+    """The student's first answer in place of z_0, then the teacher's Anderson acceleration, which
+    converges from there. Each has its own injection: u is a pair."""
 
     def __init__(self, run: Run, student: Student, decay: float):
         net, f = run.teacher, Counter(run.teacher.f)
@@ -75,7 +75,7 @@ class JumpThenSolve(Method):
 
 
 def label(student: str) -> str:
-    """The method's name in tables: cdeq for the default recipe's student."""
+    """A student's name in tables: cdeq is that of the default recipe."""
     return f"cdeq-{student}" if student else "cdeq"
 
 

@@ -1,4 +1,4 @@
-"""Pictures that one worker reads in a second: decoded, cropped to 224 pixels, normalised."""
+"""How many pictures a worker reads per second: decoded, cropped to 224 pixels, normalised."""
 
 import tempfile
 import time
@@ -14,8 +14,8 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 92  # ImageNet's pictures have 110 KB on aver
 
 
 def reading(count: int) -> dict:
-    """Pictures per second of processor time, so that a busy machine does not change it, on one
-    thread. The pictures are made up: blurred noise with some of its grain."""
+    """Pictures per second of processor time, which does not depend on other jobs, on one thread.
+    The pictures are artificial: blurred noise with some grain."""
     random, sizes, threads = np.random.default_rng(0), [], torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("val/class/0.jpg", *(f"train/class/{i}.jpg" for i in range(20))):

@@ -1,4 +1,4 @@
-"""The rivals: other ways to an answer on the same data, trained by the same loop as the method.
+"""The rivals: other networks and solvers for the same task, trained by the loop of train.py.
 
     python -m evidence.rivals direct-2 --task digits           f cut off after two evaluations
     python -m evidence.rivals hyperdeq --task digits           a learned solver of the run's teacher
@@ -6,12 +6,12 @@
     python -m evidence.rivals explicit-gcn --task cora         a network of finite depth
     python -m evidence.rivals explicit-alexnet-pretrained --task imagenet     torchvision's weights
 
-Flags are those of train.py. Each leaves a file of its name in the run's folder, beside the teacher.
+Flags are those of train.py. Each rival is saved in the run's folder under its name.
 
-direct-J: the teacher's network cut off after J evaluations from z_0 and trained end to end on the
-labels, for as many updates as teacher and student have together. It is what one would do without
-equilibria. A learned solver has the student's updates and the same ends of trajectories, an
-explicit network the teacher's updates.
+direct-J is the teacher's network cut off after J evaluations from z_0 and trained end to end on the
+labels, with as many updates as teacher and student have together: what one would do without
+equilibria. A learned solver has as many updates as the student and the same ends of trajectories;
+an explicit network has as many as the teacher.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ LEARNED_RUN = 8  # steps of its run that are trained
 
 @dataclass
 class Rivals:
-    """The finished rivals of a run folder: direct networks by their evaluations, others by name."""
+    """The finished rivals of a run folder: direct networks by J, the others by name."""
 
     direct: dict[int, Equilibrium]
     learned: dict[str, LearnedSolver]
@@ -49,7 +49,7 @@ class Rivals:
 
 
 def open_rivals(run: Run) -> Rivals:
-    """All that are finished in the folder of a run."""
+    """All finished rivals in the folder of a run."""
     found = Rivals({}, {}, {})
     for path in sorted(run.folder.glob("direct-*.pt")):
         saved = load(path, "direct")
@@ -138,7 +138,7 @@ def explicit_batches(job: Job, micros: range) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def learned_solver(teacher: Equilibrium, kind: str, m: int) -> LearnedSolver:
-    """A fresh one; UsageError where the teacher is not of its kind."""
+    """A fresh learned solver; UsageError if the teacher does not suit it."""
     try:
         return LearnedSolver(teacher, m, graph_net=kind == "ignn-solver")
     except ValueError as error:
@@ -180,10 +180,10 @@ class EndsBatch:
 
 
 class LearnedSolverLoss(nn.Module):
-    """What trains a LearnedSolver (Bai et al., 2022): no labels, f frozen.
+    """The losses of a LearnedSolver (Bai et al., 2022), without labels and with f frozen.
 
-    steps: of its own run, each pulled to z_K, the k-th with a weight in proportion to k; no
-    gradient goes through f or from one step into the last.
+    Each of `steps` steps of its own run is pulled to z_K, the k-th with a weight in proportion to
+    k. No gradient flows through f or from one step into the step before.
     """
 
     def __init__(self, solver: LearnedSolver, steps: int):

@@ -1,7 +1,7 @@
-r"""The tables of docs/scale.md, bytes and seconds on 1, 8 and 64 GPUs: python -m evidence.scale
+r"""The table of docs/scale.md, bytes and seconds on 1, 8 and 64 GPUs: python -m evidence.scale
 
-All of it is estimated: FLOPs and bytes are counted, the rates of a GPU assumed, ratios measured on
-a CPU (results/speed*.json). Nothing was measured on a GPU.
+All numbers are estimates: FLOPs and bytes are counted, the rates of a GPU are assumed, ratios were
+measured on a CPU (results/speed*.json). Nothing was measured on a GPU.
 """
 
 import functools
@@ -50,8 +50,8 @@ def depth(w: Values) -> tuple[float, float]:
 
 
 def own_run(w: Values) -> tuple[float, float]:
-    """Mean steps of a student's own run, and evaluations of f that they are worth, three for one
-    with gradient. Half of most texts is memory, which has a run without gradient or none."""
+    """Mean steps of a student's own run, and their cost in evaluations of f, three for one with
+    gradient. In most updates half of a text is memory, whose run has no gradient or is left out."""
     J, past = (1 + w.rollout_max) / 2 + 1, (1 - NO_MEMORY) / 2 if w.parts > 1 else 0
     return J, J * (3 * (1 - past) + OWN_MEMORY * past)
 
@@ -80,7 +80,7 @@ def evaluations(K: int, own_memory: bool, nfes=(1, 2, 4, 8, 20), methods: int = 
 
 
 def rows(preset: str, N: int) -> list[tuple[str, str, float]]:
-    """What docs/scale.md has of a task on N GPUs: (quantity, formula, value)."""
+    """The rows of docs/scale.md for a task on N GPUs: (quantity, formula, value)."""
     w, step, solver = (
         task(preset),
         SPEED["imagenet"]["student_step"][-1],

@@ -1,11 +1,11 @@
-r"""Speed and memory of the hot paths, each beside its floor, on a CPU or a GPU.
+r"""Speed and memory of the hot paths, next to the least that they can cost, on a CPU or a GPU.
 
     python -m evidence.speed                   -> results/speed.json, results/speed-graphs.png
     python -m evidence.speed --device cuda     -> results/speed-cuda.json
 
-A part is written as soon as it is measured, and measured again only at another commit, on another
-device or with other software. Networks have random weights; on a GPU those of images and texts run
-in bf16 under autocast. Of a text, a sample is a word, and an answer has no memory.
+Each part is written as soon as it is measured. It is measured again only at another commit, on
+another device or with other software. Networks have random weights; on a GPU those of images and
+texts run in bf16 under autocast. A sample of a text is a word, and an answer has no memory.
 """
 
 import copy
@@ -74,7 +74,7 @@ DRY = Sizes(**vars(CPU) | dict(
 
 
 def medians(jobs: dict, where: Sizes) -> dict[str, float]:
-    """Seconds of each job, all taking turns, for ten seconds or a little longer."""
+    """Median seconds of each job, all taking turns for about ten seconds."""
     spent = interleaved(jobs, where.repeats, where.device, warmup=2, patience=10)
     return {name: statistics.median(times) for name, times in spent.items()}
 
@@ -102,7 +102,7 @@ def example(preset: str, batch, where: Sizes) -> tuple[Equilibrium, Tensor, Tens
 
 
 def untrained(net: Equilibrium, **options) -> Student:
-    """A student as it starts; its speed is that of a trained one."""
+    """A student before any update; a trained one is equally fast."""
     return Student(net, TIMES, **options).eval().to(next(net.parameters()))
 
 
@@ -121,8 +121,8 @@ def solve(method: str, net: Equilibrium, student: Student, u, J: int) -> Tensor:
 
 @nn.utils.parametrize.cached()  # as the student, which has its weights folded
 def answers(net: Equilibrium, x: Tensor, where: Sizes) -> list[dict]:
-    """By J: seconds and peak bytes of every method, from the injected input to the state; and the
-    seconds of J steps of the student against those of J evaluations of f."""
+    """For each J: seconds and peak bytes of every method, from the injected input to the state, and
+    the ratio of J steps of the student to J evaluations of f."""
     student, u, rows = untrained(net), net.inject(x), []
     samples = net.initial(u).shape[: net.sample_dims].numel()
     for J in where.nfes:
@@ -135,8 +135,8 @@ def answers(net: Equilibrium, x: Tensor, where: Sizes) -> list[dict]:
 
 
 def floor(net: Equilibrium, x: Tensor, where: Sizes) -> dict:
-    """Seconds of f, and what it takes at least: its FLOPs at the rate of a matrix product or, on a
-    graph, the bare sparse and the bare dense product; and what its attention is made of."""
+    """Seconds of f and the least that it can take: its FLOPs at the rate of a matrix product or, on
+    a graph, one sparse and one dense product. Also the names of its attention kernels."""
     u = net.inject(x)
     z = torch.rand_like(net.initial(u))
     if isinstance(net, IGNN):
@@ -154,8 +154,8 @@ def floor(net: Equilibrium, x: Tensor, where: Sizes) -> dict:
 
 
 def host_waits(net: Equilibrium, x: Tensor, where: Sizes) -> dict[str, float]:
-    """Waits of the host per step: what a solve of 12 steps has beyond one of 4, divided by 8. On a
-    CPU, torch checks the pivots of Anderson's two systems, and a graph's f whether z is 0."""
+    """How often the host waits per step: the waits of 12 steps minus those of 4, divided by 8. On a
+    CPU, torch checks the pivots of Anderson's linear system, and f of a graph whether z is 0."""
     student, u, found = untrained(net), net.inject(x), {}
     for name in METHODS:
         solves = (profiled(partial(solve, name, net, student, u, J)).items() for J in (4, 12))
@@ -174,8 +174,8 @@ def profiled(job: Callable) -> dict[str, int]:
 
 
 def network(preset: str, batch, compiler: str, where: Sizes) -> dict:
-    """`floor`, `host_waits`, `answers`; and `cost` of updates of a teacher and a student, of the
-    solve of a batch and of an answer of eight steps. Compiled: of a teacher and an answer alone."""
+    """All measurements of a network: `floor`, `host_waits`, `answers`, and the `cost` of updates, a
+    solve and an answer of eight steps; of a compiled one, a teacher's update and an answer."""
     net, x, y = example(preset, batch, where)
     bf16 = where.dtype == torch.bfloat16 and not isinstance(net, IGNN)
     half = torch.autocast(where.device.type, torch.bfloat16, enabled=bf16)
@@ -223,7 +223,7 @@ def cost(job: Callable, count: int, where: Sizes) -> dict:
 
 
 def attempt(measure: Callable, where: Sizes):
-    """What is found, or why nothing is: too little memory, no such product, a diverged solve."""
+    """The measurement, or the reason why it failed: memory, a missing kernel, a diverged solve."""
     try:
         return measure(where)
     except (RuntimeError, FloatingPointError) as error:
@@ -231,8 +231,8 @@ def attempt(measure: Callable, where: Sizes):
 
 
 def solver_overhead(where: Sizes, shape: tuple[int, int], K: int = 12, m: int = 6) -> dict:
-    """Seconds per step of our Anderson and, if installed, torchdeq's; their floor, 2 m + 7 passes
-    over the state, of which a copy makes two; the states that ours holds beyond z_0 and f's."""
+    """Seconds per step of our Anderson and, if installed, torchdeq's; the least possible, 2 m + 7
+    passes over the state (a copy makes two); the states that ours holds beyond z_0 and f's."""
     z0, spare, *ready = torch.randn(5, *shape, device=where.device)
     states = itertools.cycle(ready)
     f = lambda z: next(states)  # noqa: E731 - costs nothing

@@ -1,10 +1,10 @@
-"""Reports as people read them: Markdown tables of what compare.py measured.
+"""Turns reports into Markdown tables.
 
-    python -m evidence.tables    makes results/*.md anew from its JSON files, and the tables of
-                                 README.md and RESULTS.md
+    python -m evidence.tables    remakes results/*.md from the JSON files there, and then the tables
+                                 of README.md and RESULTS.md
 
-A report is a dict, the contents of report.json and of results/*.json; nothing is computed here, and
-what was not measured stays empty.
+A report is a dict, the contents of a report.json or of a file in results/. Nothing is computed
+here, and what was not measured stays empty.
 """
 
 import json
@@ -29,7 +29,7 @@ TITLES = {
 
 
 def markdown(result: dict) -> str:
-    """The report as tables: a row per method, a column per NFE; of a study, its own."""
+    """A report as tables, with a row per method and a column per NFE; a study has its own."""
     if "study" in result:
         return study(result)
     teacher, seeds = result["teacher"], ", ".join(map(str, result["seeds"]))
@@ -37,7 +37,7 @@ def markdown(result: dict) -> str:
     nfes = sorted({row["nfe"] for row in implicit})
     cells = {(row["method"], row["nfe"]): row for row in implicit}
     names = dict.fromkeys(row["method"] for row in implicit)
-    few = {row["method"]: some(row, result) for row in implicit}
+    remarks = {row["method"]: seeds_note(row, result) for row in implicit}
     lines = [
         f"# {result.get('note') or result['task']} by NFE",
         "",
@@ -50,7 +50,7 @@ def markdown(result: dict) -> str:
         return [[number(cells.get((name, nfe), {}), key) for nfe in nfes] for name in names]
 
     for key, title in TITLES.items():
-        rows = [[f"{name}{few[name]}", *row] for name, row in zip(names, of(key), strict=True)]
+        rows = [[f"{name}{remarks[name]}", *row] for name, row in zip(names, of(key), strict=True)]
         rows = [row for row in rows if any(row[1:])]
         lines += table(title.format(**result), ["method", *map(str, nfes)], rows)
         if key == "value":
@@ -64,13 +64,13 @@ def markdown(result: dict) -> str:
 
 
 def study(result: dict) -> str:
-    """The tables of a study: a row per method, a column per setting, each cell a value by seed."""
+    """The tables of a study: a row per method, a column per setting, a cell for all seeds."""
     seeds = ", ".join(map(str, result["seeds"]))
     lines = [f"# {result['study']}", "", f"Seeds {seeds}; {result['device']}."]
     lines.append(f"`{result['command']}` at commit {result['commit'][:12]}.")
 
     def cell(values: list, digits: int) -> str:
-        if not values or isinstance(values[0], str):  # counts, which have no mean
+        if not values or isinstance(values[0], str):  # numbers of evaluations, or "never"
             return ", ".join(values)
         std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.{digits}f}{std}"
@@ -94,7 +94,7 @@ def table(title: str, head: list[str], rows: list[list[str]], note: str = "") ->
 
 
 def difference_lines(result: dict, nfes: list[int]) -> list[str]:
-    """The tables of differences to the teacher and to the direct networks, with what they mean."""
+    """The tables of differences to the teacher and to the direct networks."""
     lines = []
     others = {"vs_teacher": "converged teacher", "vs_direct": "direct network of J = NFE"}
     for key, title in others.items():
@@ -112,7 +112,7 @@ def difference_lines(result: dict, nfes: list[int]) -> list[str]:
 
 
 def teacher_lines(result: dict) -> list[str]:
-    """The table of teachers of the same network that were trained otherwise."""
+    """The table of teachers with the same network and another training."""
     if not (rows := [row for row in result["rows"] if "contraction" in row]):
         return []
     lines = [
@@ -127,7 +127,7 @@ def teacher_lines(result: dict) -> list[str]:
 
 
 def verdict(interval: list[float], result: dict) -> str:
-    """A difference, its interval, and who is ahead, if anybody."""
+    """A difference, its interval, and a word for whether the interval excludes 0."""
     value, low, high = interval
     word = "no difference"
     if low > 0 or high < 0:
@@ -135,14 +135,14 @@ def verdict(interval: list[float], result: dict) -> str:
     return f"{value:+.2f} ({low:+.2f} .. {high:+.2f}) {word}"
 
 
-def some(row: dict, result: dict) -> str:
-    """Said of a row that not all seeds have."""
+def seeds_note(row: dict, result: dict) -> str:
+    """A remark on a row that only some of the seeds have."""
     n, all_ = row["n"], len(result["seeds"])
     return f" ({n} of {all_} seeds)" if 0 < n < all_ else ""
 
 
 def explicit_lines(result: dict) -> list[str]:
-    """The table of the networks of finite depth, where there are any."""
+    """The table of the networks of finite depth, if there are any."""
     explicit = [row for row in result["rows"] if not row["nfe"]]
     columns = ["value", "params", "seconds_per_batch", "peak_memory_bytes"]
     if any("valid" in row for row in explicit):  # not in tables made before it was measured
@@ -151,13 +151,13 @@ def explicit_lines(result: dict) -> list[str]:
     for row in explicit:
         remark = verdict(row["vs_teacher"], result) if row.get("vs_teacher") else ""
         cells = (number(row, key) for key in columns)
-        rows.append([f"{row['method']}{some(row, result)}", *cells, remark])
+        rows.append([f"{row['method']}{seeds_note(row, result)}", *cells, remark])
     head = ["network", *columns, "less the teacher's"]
     return table("networks of finite depth", head, rows) if rows else []
 
 
 def equal_lines(result: dict) -> list[str]:
-    """The table of evaluations and seconds to the converged teacher's metric, less the margin."""
+    """The table of evaluations and seconds that methods need to be as good as the teacher."""
     if "equal" not in result:
         return []  # tables made before it was measured
     margin, before = f"less {result['margin']:g}", result["injection_seconds"]
@@ -196,7 +196,7 @@ def spread(row: dict) -> str:
 
 
 def grid_lines(result: dict) -> list[str]:
-    """Table 4, where its students are: the metric at the most evaluations by lam2 and lam1."""
+    """Table 4, if its students are there: the metric at the largest NFE by lam2 and lam1."""
     most = max(row["nfe"] for row in result["rows"] if row["nfe"])
     cells = {row["method"]: row for row in result["rows"] if row["nfe"] == most}
     rows = [
@@ -209,7 +209,7 @@ def grid_lines(result: dict) -> list[str]:
 
 
 def write(result: dict, stem: Path, draw: Callable[[dict, Path], None] = figure) -> str:
-    """STEM.json, STEM.md and STEM.png, drawn by `draw`; returns the Markdown."""
+    """Writes STEM.json, STEM.md and, by `draw`, STEM.png; returns the Markdown."""
     text = markdown(result)
     for suffix, contents in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
         with atomic(stem.with_suffix(suffix)) as file:
@@ -222,12 +222,12 @@ PARTS = {"value": 0, "equal": "as good as", "explicit": "finite depth"}
 
 
 def excerpt(text: str, part: str) -> list[str]:
-    """The lines of one table of a report, that of the metric with what is said of the teacher."""
-    said, *sections = text.split("\n## ")
+    """The lines of one table of a report; that of the metric comes after a line on the teacher."""
+    opening, *sections = text.split("\n## ")
     titles = [section.splitlines()[0] for section in sections]
     wanted = PARTS.get(part, part)
     if wanted == 0:
-        teacher = " ".join(line for line in said.splitlines()[1:] if line)
+        teacher = " ".join(line for line in opening.splitlines()[1:] if line)
         return [teacher, "", *(line for line in sections[0].splitlines() if line.startswith("|"))]
     place = next((i for i, title in enumerate(titles) if wanted in title), None)
     if place is None:
@@ -239,7 +239,7 @@ SUMMARY = {"anderson": "Anderson", "hyperdeq": "HyperDEQ", "direct": "direct", "
 
 
 def read(path: Path) -> dict:
-    """A file of results/; UsageError where it is no report."""
+    """A file of results/; UsageError if it is no report."""
     try:
         result = json.loads(path.read_text())
     except ValueError as error:
@@ -250,8 +250,8 @@ def read(path: Path) -> dict:
 
 
 def summary(results: Path) -> list[str]:
-    """The lines of one table of all tasks: the teacher, and each method at NFE 1, 2 and 4. A report
-    without the direct networks is of an earlier teacher, and left out."""
+    """The lines of a table of all tasks: the teacher, and each method at NFE 1, 2 and 4. Reports
+    without direct networks are of earlier teachers, and left out."""
     head = ["task", "metric", "teacher", *(f"{name} 1 / 2 / 4" for name in SUMMARY.values())]
     rows = []
     for path in sorted(results.glob("*.json")):
@@ -268,8 +268,8 @@ def summary(results: Path) -> list[str]:
 
 
 def filled(page: str, results: Path) -> str:
-    """A page with the tables that its comments `NAME.md: PART` and `summary` ask for as results/
-    has them."""
+    """A page in which the tables after comments `NAME.md: PART` and `summary` are those of
+    results/."""
 
     def fill(match: re.Match) -> str:
         if not (results / match[1]).exists():
@@ -285,7 +285,7 @@ def filled(page: str, results: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Makes every results/*.md anew from its JSON, and the pages' tables from these."""
+    """Remakes every results/*.md from its JSON file, and the tables of the pages."""
     command_line(__doc__).parse_args(argv)
     for path in sorted((ROOT / "results").glob("*.json")):
         result = read(path)

@@ -1,6 +1,7 @@
 """Seconds and peak memory of an answer.
 
-Jobs take turns in one process, so that a busy machine slows them alike; what counts is the median.
+Jobs take turns in one process, so that a busy machine slows all of them alike, and the median of
+their times is reported.
 """
 
 import itertools
@@ -24,11 +25,10 @@ from runs import Run
 
 @torch.no_grad()
 def cost(run: Run, rivals: Rivals, table: dict, wanted: set[tuple], batch: int) -> dict:
-    """Median seconds of one batch from the injected input to the logits, and the process's peak
-    memory in bytes from the input to the logits: pairs by (method, NFE) for those wanted, the
-    direct networks and the explicit ones, whose NFE is None, as is that of "injection", the step
-    before. Of a text, a batch is a segment after another one, and the likelihoods of its words
-    stand for logits."""
+    """(Seconds, bytes) of one batch, by (method, NFE), for those wanted, for direct networks, for
+    explicit ones (NFE None) and for ("injection", None). Seconds: the median from the injected
+    input to the logits. Bytes: the process's peak memory from the input to the logits. A batch of a
+    text is a segment that follows another; the likelihoods of its words take the logits' place."""
     net, task = run.teacher, run.task
     batch_of = task.test.batch(torch.arange(min(batch, len(task.test))))
     x, y = (v.to(run.device) for v in batch_of)
@@ -36,7 +36,7 @@ def cost(run: Run, rivals: Rivals, table: dict, wanted: set[tuple], batch: int) 
     (first, _), (last, y_last) = parts[0], parts[-1]
 
     def past(method: Method):
-        """What it remembers of the part before."""
+        """The memory that a method has of the segment before."""
         u = method.inject(first)
         return method.remember(u, method.initial(u)) if net.memory else None
 
@@ -65,18 +65,18 @@ def cost(run: Run, rivals: Rivals, table: dict, wanted: set[tuple], batch: int) 
 
 
 def two_parts(network, x: Tensor, y: Tensor):
-    """The first two parts of inputs and labels, or the one that there is."""
+    """The first two segments of inputs and labels, or the only one."""
     return itertools.islice(network.segments(x, y), 2)
 
 
 def peak_memory(job: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the highest point of a job: allocated on a GPU, resident on Linux, else unknown."""
+    """Peak memory of a job in bytes: allocated on a GPU, resident on Linux, else unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         job()
         return torch.cuda.max_memory_allocated(device)
     if hasattr(config.LIBC, "malloc_trim"):
-        config.LIBC.malloc_trim(0)  # what earlier jobs left is not this one's
+        config.LIBC.malloc_trim(0)  # gives back what earlier jobs have freed
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
     except OSError:

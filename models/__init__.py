@@ -1,7 +1,7 @@
-"""Networks: what every equilibrium model gives to solvers, student, losses and trajectories.
+"""Networks: the interface between an equilibrium model and everything that works with one.
 
 A network is three parts around one state z: an input injection u, a cell f(z, u) whose fixed point
-is the representation, and a task head. Nothing outside models/ knows more than this interface.
+is the representation, and a task head. Code outside models/ relies on this interface alone.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 
 class VariationalDropout(nn.Module):
-    """Dropout of whole channels, with one mask for all evaluations of a solve and all positions.
-
-    x (B, C, ...), or with dim = -1 (B, ..., C).
-
-    A mask drawn anew at every evaluation would leave no fixed point to find. Equilibrium.redraw
-    asks for the next mask.
+    """Dropout of whole channels, with one mask for all positions and all evaluations of a solve:
+    if each evaluation had another mask, there would be no fixed point. Equilibrium.redraw asks for
+    the next mask. x (B, C, ...), or (B, ..., C) with dim = -1.
     """
 
     def __init__(self, p: float, dim: int = 1):
@@ -35,7 +32,7 @@ class VariationalDropout(nn.Module):
 
 
 class Cell(nn.Module):
-    """f itself, one evaluation of which is the unit of NFE; the part that the student copies.
+    """f itself: the part that the student copies. One evaluation of it is the unit of NFE.
 
     channels: width of each branch of the state, the dimension in which W and t act (Eq. 8).
     """
@@ -43,14 +40,14 @@ class Cell(nn.Module):
     channels: tuple[int, ...]
 
     def forward(self, z: Tensor, u: Tensor) -> list[Tensor]:
-        """One layer evaluation with u = inject(x): the features of the new state, not yet joined,
-        since the student's W goes in between."""
+        """One evaluation of f, with u = inject(x). Returns the features of the new state before
+        `join`, so that the student can apply W in between."""
         raise NotImplementedError
 
     def start(self) -> nn.Module | None:
-        """A network that guesses the features of z* from u, of at most a quarter of f's FLOPs, on
-        graphs half; its last layers are called `out`. None: there is none, and students begin at
-        z_0."""
+        """A network that guesses the features of z* from u, with at most a quarter of f's FLOPs
+        (half of them on graphs); its last layers are called `out`. If None, students begin at z_0.
+        """
 
     def features(self, z: Tensor) -> list[Tensor]:
         """Views of z with channels last, one per branch, sample dimensions first."""
@@ -61,8 +58,8 @@ class Cell(nn.Module):
         return features[0]
 
     def compile(self, *args, **options) -> None:
-        """nn.Module.compile, with room for more variants. All cells of a process share forward's:
-        a teacher's and a student's, with and without gradient, memory and cached weights."""
+        """nn.Module.compile with a higher limit of variants: all cells of a process share those of
+        `forward`, for teacher and student, with and without gradient, memory and cached weights."""
         torch._dynamo.config.recompile_limit = 64
         super().compile(*args, **options)
 
@@ -72,7 +69,7 @@ class Equilibrium(nn.Module):
 
     sample_dims: leading dimensions of z that index problems with their own Anderson weights.
     injection: the module x -> u, evaluated once per input; u's first dimension is the sample.
-    memory: positions of an earlier segment that f sees; 0 where inputs do not follow each other.
+    memory: positions of the segment before that f sees; 0 if inputs do not follow each other.
     """
 
     sample_dims, memory = 1, 0
@@ -86,11 +83,11 @@ class Equilibrium(nn.Module):
         return self.cell.features(z)
 
     def inject(self, x: Tensor, memory=None) -> Tensor:
-        """u of an input and of what `remember` gave after the one before, if there was any."""
+        """u of an input; memory: what `remember` returned after the input before it, if any."""
         return self.injection(x) if memory is None else self.injection(x, memory)
 
     def remember(self, u: Tensor, z: Tensor):
-        """What the next segment of a stream sees of this one, without gradient."""
+        """What the next segment of a text sees of this one, without gradient."""
 
     def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of inputs and labels that are solved one after another."""
@@ -105,17 +102,17 @@ class Equilibrium(nn.Module):
         raise NotImplementedError
 
     def log_probabilities(self, z: Tensor) -> Tensor:
-        """What the head predicts of a state, (B, ..., classes) fp32."""
+        """Log-probabilities that the head gives a state, (B, ..., classes) fp32."""
         return self.head(z).float().log_softmax(-1)
 
     def redraw(self) -> None:
-        """New dropout masks from the next evaluation on; called before every training solve."""
+        """Asks for new dropout masks from the next evaluation on; called before each update."""
         for part in self.modules():
             if isinstance(part, VariationalDropout):
                 part.mask = None
 
     def project(self) -> None:
-        """Puts the weights back where an equilibrium exists; called after every update."""
+        """Projects the weights onto those with an equilibrium; called after every update."""
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, nats: the mean over the labels >= 0 of each sample, (B,) fp32."""

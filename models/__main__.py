@@ -1,8 +1,8 @@
 """The sizes of all presets: python -m models
 
-Parameters, those of f, numbers of one sample's state, and FLOPs of one evaluation of f on it and of
-the head; a multiply and an add count as two. A text's sample is a segment of 150 words with a
-memory as long, of WikiText-103's vocabulary.
+For each: parameters, those of f among them, the numbers in one sample's state, and the FLOPs of f
+and of the head on one sample (a multiplication and an addition count as two). A sample of a text is
+a segment of 150 words after a memory of 150, with the vocabulary of WikiText-103.
 """
 
 import torch

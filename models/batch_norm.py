@@ -1,6 +1,6 @@
 """Batch normalisation on several processes: statistics of all their samples together.
 
-nn.SyncBatchNorm has them on GPUs alone. On a CPU the same is done here, so that a batch gives the
+nn.SyncBatchNorm works on GPUs only. This module does the same on a CPU, so that a batch gives the
 same update on any number of processes.
 """
 
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronise(module: nn.Module, device: torch.device) -> None:
-    """Makes each BatchNorm in module one over all processes, which have equally many samples."""
+    """Makes every BatchNorm of module use the samples of all processes, equally many on each."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return
@@ -23,7 +23,7 @@ def synchronise(module: nn.Module, device: torch.device) -> None:
 
 
 def normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """What norm makes of x, this process's part of a batch: (B, C, ...)."""
+    """norm(x), where x (B, C, ...) is this process's share of a batch."""
     if not norm.training:
         return type(norm).forward(norm, x)
     dims = [d for d in range(x.dim()) if d != 1]

@@ -1,16 +1,15 @@
 r"""Explicit networks: the finite-depth references of Tables 2 and 3, from well-kept libraries.
 
-Images: torchvision's networks, and timm's HRNet-W18 where timm is installed, trained here or with
-the library's own ImageNet weights. Neither has Inception-V2; googlenet, its first version, is the
-nearest.
+Images: torchvision's networks, and timm's HRNet-W18 if timm is installed, trained here or with the
+library's own ImageNet weights. Neither library has Inception-V2; googlenet, its first version, is
+the nearest.
 Graphs: PyG's layers. Text: the layer of models/transformer.py, stacked with weights of its own in
 each, and a TCN (Bai et al., 2018), both between the same embedding and softmax as the DEQ's.
 
-GCN (Kipf & Welling, 2017), GAT (Velickovic et al., 2018) and GCNII (Chen et al., 2020), trained by
-OGB's protocol: full graph, batch normalisation, dropout .5; but for the end of a cosine schedule,
-not for the epoch that validated best.
-GPM (Wang et al., 2025) is not here: its pattern tokeniser and sequence model over random walks are
-a project of their own, and no layer library has them.
+GCN (Kipf & Welling, 2017), GAT (Velickovic et al., 2018) and GCNII (Chen et al., 2020) are trained
+by OGB's protocol: full graph, batch normalisation, dropout .5. What is kept is the end of a cosine
+schedule, not the epoch that validated best. GPM (Wang et al., 2025) is missing: its pattern
+tokeniser and its sequence model over random walks are in no library.
 
 Shapes of graphs as in ignn.py: x (1, N, p) -> logits (1, N, classes).
 """
@@ -29,7 +28,7 @@ from models.transformer import PRESETS, AdaptiveEmbedding, AdaptiveSoftmax, Cont
 
 
 class Reference(nn.Module):
-    """What every explicit network gives besides nll(x, y): one input is one part."""
+    """The base of every explicit network, which has nll(x, y): an input is a single segment."""
 
     def segments(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, y
@@ -105,7 +104,7 @@ class Explicit(Reference):
 
 
 def sparse(layer: nn.Module, graph: Graph) -> nn.Module:
-    """A PyG layer whose sparse product is Graph's: PyG's own transposes A in every backward."""
+    """A PyG layer that uses the sparse product of Graph: PyG's transposes A in every backward."""
     layer.message_and_aggregate = lambda adj_t, x: graph.product(x)
     return layer
 
@@ -172,7 +171,7 @@ EXPLICIT = {"gcn": GCN, "gat": GAT, "gcnii": GCNII}
 class Language(Reference):
     """A causal network between adaptive embedding and softmax: words (B, L) -> nll (B,).
 
-    It keeps no state: a segment is read with the `memory` words before it.
+    It keeps no state: each segment is read together with the `memory` words before it.
     """
 
     def __init__(self, words: int, preset: dict, segment: int, memory: int):

@@ -4,7 +4,7 @@ r"""A graph's normalised adjacency A as sparse rows, and products with it.
     norm "row"   D^-1 (A + I) of the same
     norm "into"  D^-1 (A + I) of the edges as they are, each from its source to its target
 
-A row is a target; D counts its entries. The Perron eigenvalue is 1 in each.
+Each row belongs to a target, and D counts its entries. The Perron eigenvalue of each A is 1.
 
 Shapes: z (N, d) or (B, N, d).
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class Graph:
-    """The normalised adjacency, shared and never copied.
+    """The normalised adjacency, shared by all networks and never copied.
 
-    edge_index (2, E): sources and targets; loops and repetitions do not matter. Products with A go
-    through `product`, whose gradient is a product with A^T in the same sparse form.
+    edge_index (2, E): sources and targets; loops and repetitions make no difference. `product`
+    multiplies by A, and its gradient by A^T in the same sparse form.
     """
 
     def __init__(self, edge_index: Tensor, N: int, norm: str = "sym", dtype=torch.float32):
@@ -67,9 +67,10 @@ class Graph:
         return torch.stack([A.col_indices(), target]).long()
 
     def jumps(self, count: int) -> list["Graph"]:
-        """Graphs whose edges join nodes exactly 1, 2, 4, .. hops apart, so many, normalised alike.
+        """`count` graphs whose edges join nodes exactly 1, 2, 4, .. hops apart, normalised alike.
 
-        Made once, by squaring: what is within 2 k hops is within k hops of what is within k hops.
+        They are made once, by squaring: a node within 2 k hops is within k hops of one that is
+        within k hops.
         """
         from scipy.sparse import csr_array, eye_array
 
@@ -92,7 +93,7 @@ class Graph:
 
 
 class Product(torch.autograd.Function):
-    """A z with the gradient A^T g: autograd alone would transpose the sparse matrix every time."""
+    """A z with the gradient A^T g: autograd would transpose the sparse matrix every time."""
 
     @staticmethod
     def forward(ctx, z: Tensor, A: Tensor, A_t: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ way. In each network kappa < 1 makes f a contraction, so the equilibrium exists 
 
 Shapes: z and u (1, N, d): the graph is one sample with one vector of Anderson weights; x (1, N, p).
 
-Floor of one evaluation: the sparse product reads d numbers per edge, the dense one makes 2 N d^2
-FLOPs; the injection rides on the latter and ReLU works in place. At z = 0 neither is needed, and
-without gradients neither is computed.
+The least that an evaluation costs: d numbers read per edge by the sparse product, and 2 N d^2 FLOPs
+of the dense one, which also adds the injection; ReLU works in place. At z = 0 neither product is
+needed, and without gradients neither is computed.
 
 Departs from the references: the encoder is a small perceptron where IGNN has one matrix; EIGNN is
-iterated, for its closed form needs the dense eigenvectors of A.
+iterated, because its closed form needs the dense eigenvectors of A.
 """
 
 import torch
@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from models import Cell, Equilibrium
 from models.graph import Graph
 
-HOPS = 4  # of a start; each costs an eighth of f's sparse product
+HOPS = 4  # of a start; each costs an eighth of the sparse product of f
 PRESETS = {
     "ignn": dict(kind="ignn"),
     "ignn-row": dict(kind="ignn", norm="row"),
@@ -46,7 +46,7 @@ def project_rows(W: Tensor, radius: float) -> Tensor:
     excess = sorted_.cumsum(1) - radius
     n = torch.arange(1, W.shape[1] + 1, device=W.device)
     last = (sorted_ * n > excess).sum(1, keepdim=True)  # entries that stay above theta
-    last = last.clamp(min=1)  # 0 of numbers that are not finite: the next loss says so
+    last = last.clamp(min=1)  # 0 if a number is not finite, which the next loss will report
     theta = excess.gather(1, last - 1) / last
     inside = sizes.sum(1, keepdim=True) <= radius
     return torch.where(inside, W, W.sign() * (sizes - theta).clamp(min=0))
@@ -82,12 +82,12 @@ class Cayley(nn.Module):
 
 
 class GraphStart(nn.Module):
-    """A guess of z* from u: two narrow linear maps of each node's injection, beside a multiple of
-    each of its channels, which costs nothing and carries what the narrow ones cannot.
+    """A guess of z* from u: two linear maps of each node's injection, narrow in between, plus a
+    multiple of each channel, which is cheap and keeps what the narrow maps lose.
 
-    Between the two maps come jumps, sparse products of these few channels: the guess sees all nodes
-    within the sum of their hops. A node of which nothing is known stays 0 before the jumps, for
-    there is no bias to drown what comes from afar.
+    Between the maps there are jumps, sparse products of the few channels: the guess sees all nodes
+    within the sum of their hops. The first map has no bias, so that a node about which nothing is
+    known stays 0 and does not mask what the jumps bring.
     """
 
     def __init__(self, d: int, jumps: list[Graph]):
@@ -106,21 +106,22 @@ class GraphStart(nn.Module):
 
 
 class GraphCell(Cell):
-    """f of IGNN, in the form that the others change: z (1, N, d), u (1, N, d).
+    """f of IGNN, from which the others are derived: z (1, N, d), u (1, N, d).
 
-    far: its start makes so many jumps of 1, 2, 4, .. hops, and costs more than one elsewhere may.
+    far: the number of jumps of its start, of 1, 2, 4, .. hops; such a start costs more than half
+    of f. 0: HOPS jumps of one hop each.
     """
 
     def __init__(self, graph: Graph, d: int, kappa: float, far: int = 0):
         super().__init__()
         self.graph, self.kappa, self.channels, self.far = graph, kappa, (d,), far
-        # Near a multiple of I: propagation itself, so that depth counts from the first update.
+        # Near a multiple of I, W propagates states from the first update on: depth counts at once.
         self.W = nn.Parameter(0.9 * torch.eye(d) + torch.randn(d, d) * 0.1 / d)
         self.project()
 
     @torch.no_grad()
     def project(self) -> None:
-        if not parametrize.is_parametrized(self):  # which keeps the norm below kappa by itself
+        if not parametrize.is_parametrized(self):  # a parametrisation bounds the norm by itself
             self.W.copy_(project_rows(self.W, self.kappa))
 
     def start(self) -> GraphStart:
@@ -129,7 +130,7 @@ class GraphCell(Cell):
 
     def linear(self, z: Tensor, u: Tensor) -> Tensor:
         """A z W^T + u."""
-        # z_0 = 0 has nothing to propagate. The question would make the host wait for a GPU.
+        # z_0 = 0 has nothing to propagate. On a GPU this check would make the host wait.
         if z.is_cpu and not torch.is_grad_enabled() and not z[:, 0].any() and not z.any():
             return u.clone()
         Az = self.graph.product(z)
@@ -151,8 +152,8 @@ class LinearCell(GraphCell):
 
 
 class MonotoneCell(GraphCell):
-    """f of MIGNN: one forward-backward step of length a. std: of the free matrix, at first; W is
-    near a diagonal matrix where it is small."""
+    """f of MIGNN: one forward-backward step of length a. std: of the free matrix's initial entries;
+    with a small one, W starts near a diagonal matrix."""
 
     def __init__(
         self, graph: Graph, d: int, kappa: float, a: float = 0.9, std: float = 0.0, **options
@@ -174,9 +175,9 @@ CELLS = {
 
 
 class Direction(nn.Module):
-    """Each node's state divided by its L1 norm; the squares of an L2 norm underflow far from all
-    that is known. floor: a smaller norm counts as this. It bounds the gradient at an empty state,
-    and the loss asks for states that are larger."""
+    """Each node's state divided by its L1 norm: the squares of an L2 norm underflow for nodes far
+    from all features. floor: the least divisor. It bounds the gradient at a state of zeros, and
+    makes the loss ask for states that are larger."""
 
     def __init__(self, floor: float = 1e-6):
         super().__init__()
@@ -200,12 +201,11 @@ class Injection(nn.Module):
 class IGNN(Equilibrium):
     """Encoder, one of the cells above, and a linear head for node classification.
 
-    features, classes: sizes of x and of the logits. width: d. hidden: width of the encoder's one
-    hidden layer. dropout: in encoder and head, in training only. plain: the references' own form,
-    one matrix in place of the encoder and a head on the direction of each node's state, neither
-    with a bias, so that a node without features has no state but what its neighbours have. cell:
-    options of the cell.
-    Raises ValueError where kappa is outside (0, 1).
+    features, classes: sizes of x and of the logits. width: d. hidden: width of the encoder's hidden
+    layer. dropout: in encoder and head, in training only. plain: the form of the references, with
+    one matrix for the encoder and a head on the direction of each node's state; neither has a bias,
+    so that a node without features gets its state from its neighbours alone. cell: options of the
+    cell. Raises ValueError if kappa is outside (0, 1).
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class IGNN(Equilibrium):
         return self.readout(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        # All graphs of a batch are the same one, so the head need only see its labelled nodes.
+        # All graphs of a batch are the same one: the head is computed on its labelled nodes only.
         known = y[0] >= 0
         return super().nll(z[:, known], y[:, known])
 

@@ -1,7 +1,7 @@
 r"""Learned solvers: HyperDEQ (Bai, Koltun & Kolter, 2022) and IGNN-Solver (Lin et al., 2024).
 
-Re-implementations: neither has public code that runs. Both are Anderson acceleration with learned
-weights in place of the least squares, and with a learned start in place of z_0 = 0:
+Re-implementations, since neither has public code that runs. Both are Anderson acceleration with
+learned weights in place of the least squares and a learned start in place of z_0 = 0:
 
     z_0 = initialiser(u)
     z_{k+1} = beta sum_i a_i f(z_i) + (1 - beta) sum_i a_i z_i, the last m states i
@@ -11,9 +11,9 @@ f is the teacher's, frozen; no labels are used. The initialiser is a small convo
 sequences: a causal one) or two linear maps with hops between them (graphs). IGNN-Solver's
 compression is a graph network.
 
-Shapes: z (B, state...), P problems of sample_dims leading dimensions, each with a and beta of its
-own, as in anderson.py. NFE counts f. The start is at most a quarter of it, on graphs half (a test
-counts FLOPs), a step's own networks less, and their time is in every table.
+Shapes: z (B, state...); its leading sample_dims dimensions index P problems, each with its own a
+and beta, as in anderson.py. NFE counts f. The start costs at most a quarter of f's FLOPs, half on
+graphs (tested), the networks of a step less; their time is in every table.
 
 Departs from the paper: a_i and beta start as Picard's (the newest state, 1), not at random.
 """
@@ -32,8 +32,8 @@ WIDTH = 20  # numbers that a residual is compressed to
 
 
 class LearnedSolver(nn.Module):
-    """The start and the weights for one teacher. graph_net: compress residuals by a propagation
-    over the graph first (IGNN-Solver). Raises ValueError where the teacher has none."""
+    """A learned start and learned weights for one teacher. graph_net: residuals are propagated over
+    the graph before they are compressed (IGNN-Solver); ValueError if the teacher has no graph."""
 
     def __init__(self, net: Equilibrium, m: int = 6, graph_net: bool = False):
         super().__init__()
@@ -60,7 +60,7 @@ class LearnedSolver(nn.Module):
         return self.teacher[0].cell.join(self.start(u))
 
     def compressed(self, r: Tensor) -> Tensor:
-        """A residual (B, state...) as (P, 20), the mean over its positions."""
+        """A residual (B, state...) as 20 numbers per problem, (P, 20), the mean over positions."""
         net = self.teacher[0]
         P, total = math.prod(r.shape[: net.sample_dims]), 0.0
         for v, compress in zip(net.features(r), self.compress, strict=True):
@@ -78,7 +78,7 @@ class LearnedSolver(nn.Module):
         return alpha, 1 + self.beta(x.mean(1))[:, 0]
 
     def stepper(self, f: Map):
-        """step(z) -> (z_next, f(z), residual mixed by a), which keeps the last m states itself."""
+        """A function step(z) -> (z_next, f(z), residual mixed by a) that keeps m states."""
         states, values, window = [], [], []
 
         def step(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

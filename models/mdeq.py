@@ -6,9 +6,9 @@ Branch i holds C_i channels at 1 / 2^i of the finest resolution. One evaluation 
     x_i = sum_j T_ji(y_j)                                             fusion of all resolutions
     f_i = GN(conv_1x1(ReLU(x_i)))                                     after the fusion
 
-With one branch there is nothing to fuse and f is the residual block: the single-stream DEQ.
+With one branch there is nothing to fuse, and f is the residual block: the single-stream DEQ.
 
-State: (B, n), all branches flattened channels-last and joined, finest first. A branch is then a
+State: (B, n), all branches flattened channels-last and joined, finest first. Each branch is thus a
 view (B, H, W, C) for the student's W and t, and a channels-last image for the convolutions.
 
 The imagenet-* and cifar-* presets are those of locuslab/deq's MDEQ-Vision, tensor for tensor, and
@@ -30,10 +30,10 @@ IMAGENET = REFERENCE | dict(image=(3, 224, 224), classes=1000, final=2048, downs
 CIFAR = REFERENCE | dict(image=(3, 32, 32), classes=10, post_affine=False)
 
 PRESETS = {
-    # Two branches for 8 x 8 images: small enough that two CPU cores train it in a minute or two.
+    # Two branches for 8 x 8 images: two CPU cores train it in a minute or two.
     "digits": dict(image=(1, 8, 8), classes=10, channels=(16, 32), head=(8, 16), final=128),
     "digits-single": dict(image=(1, 8, 8), classes=10, channels=(24,), head=(16,), final=128),
-    # Three branches, 16, 8 and 4 pixels wide, for photographs of 64: an hour of two CPU cores.
+    # Three branches, 16, 8 and 4 pixels wide, for photographs of 64 pixels: an hour on two cores.
     "imagenette": REFERENCE
     | dict(
         image=(3, 64, 64),
@@ -76,7 +76,7 @@ def conv(c_in: int, c_out: int, size: int, stride: int = 1, bias: bool = False) 
 
 
 class Block(nn.Module):
-    """The residual block of one branch, the only place where the input enters."""
+    """The residual block of one branch; the input enters here, and only here."""
 
     def __init__(self, C: int, expansion: int, groups: int, dropout: float, weighted: bool):
         super().__init__()
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 def transfer(channels: tuple[int, ...], j: int, i: int, groups: int) -> nn.Module:
-    """T_ji, branch j to the resolution and width of branch i."""
+    """T_ji: brings branch j to the resolution and width of branch i."""
     if j == i:
         return nn.Identity()
     if j > i:  # coarser to finer
@@ -110,7 +110,7 @@ def transfer(channels: tuple[int, ...], j: int, i: int, groups: int) -> nn.Modul
 
 
 class ImageStart(nn.Module):
-    """A guess of z* from u: branch 0, and each lower branch from the one above, halved."""
+    """A guess of z* from u: branch 0 first, then each branch from the one before, halved."""
 
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
@@ -194,7 +194,7 @@ class Stem(nn.Sequential):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 (four times as wide), with a projected shortcut: the head of one branch."""
+    """The head of one branch: convolutions 1x1, 3x3, 1x1 (four times as wide) and a shortcut."""
 
     def __init__(self, c_in: int, c: int, norm: Callable[..., nn.Module], affine: bool):
         super().__init__()
@@ -210,7 +210,7 @@ class Bottleneck(nn.Module):
 
 
 def refuse_odd(sides: list[int], branches: int, downsample: int) -> None:
-    """ValueError where an image side cannot be halved as often as stem and branches do."""
+    """ValueError if an image side cannot be halved as often as stem and branches halve it."""
     unit = 2 ** (branches - 1 + downsample)
     if any(side % unit for side in sides):
         raise ValueError(
@@ -220,7 +220,7 @@ def refuse_odd(sides: list[int], branches: int, downsample: int) -> None:
 
 
 def stem(colors: int, C: int, downsample: int, entry: bool, norm) -> Iterator[nn.Module]:
-    """The layers before the first branch: two convolutions or more, and the 1x1 one at the end."""
+    """The layers before the first branch: at least two convolutions, and a 1x1 one if `entry`."""
     for i in range(max(2, downsample)):
         yield from (conv(C if i else colors, C, 3, 2 if i < downsample else 1), norm(C), nn.ReLU())
     if entry:
@@ -232,8 +232,8 @@ class MDEQ(Equilibrium):
 
     image: (channels, height, width) of x; channels: width of each branch; head: bottleneck width
     of each branch; final: width before the classifier; downsample: how often the stem halves the
-    image; entry: a 1x1 convolution at its end; batch_norm: in stem and head, else GroupNorm;
-    weighted: weight normalisation of f's convolutions but those that change resolution.
+    image; entry: whether the stem ends with a 1x1 convolution; batch_norm: in stem and head, else
+    GroupNorm; weighted: weight normalisation of f's convolutions except those between branches.
     """
 
     def __init__(

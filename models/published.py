@@ -1,7 +1,7 @@
-"""Published teachers: weights of locuslab/deq, or a teacher.pt of ours, for a network of ours.
+"""Published teachers: weights of locuslab/deq, or of a teacher.pt, loaded into a network of ours.
 
-No pickled code is run. Names differ and are translated; sizes, finite numbers and tied weights are
-checked, and what does not fit is named before anything is trained.
+No pickled code is run. Tensor names are translated; sizes, finite numbers and tied weights are
+checked, and the first thing that does not fit is named before any training.
 """
 
 import io
@@ -58,7 +58,7 @@ TRANSFORMER = (
 
 
 def translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of locuslab/deq under our names; others stay, so that `adopt` sees them."""
+    """A state dict of locuslab/deq under our names; unknown names stay, for `adopt` to report."""
     text = any(".dec_attn." in name for name in state)
     renamed = {}
     for name, value in state.items():

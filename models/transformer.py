@@ -1,17 +1,17 @@
 r"""The DEQ-Transformer (Bai et al., 2019): one Transformer-XL layer as f, over a segment of tokens.
 
-With c = [z_history; z] the states of M + L positions and u their injection, one evaluation of f is
+Let c = [z_history; z] be the states of M + L positions and u their injection. One evaluation of f:
 
     q, k, v = W_qkv c + u                                    q of the segment's L positions alone
     a_ij = ((q_i + b_w) . k_j + (q_i + b_r) . r_{i+M-j}) / sqrt(d_head)           for j <= i + M
     y = LN(z + W_o softmax(a) v + b_o),   r_n = W_r (sinusoids of the distance n)
     f = LN(y + W_2 relu(W_1 y + b_1) + b_2)                                     LN without affine
 
-or, with `pre_norm`, LN(c) for c in the first line and no outer LN in the last one. u is a linear
-map of the word's adaptive embedding; the head is an adaptive softmax over the same word vectors.
+With `pre_norm`, the first line has LN(c) in place of c, and the last one has no outer LN. u is a
+linear map of each word's adaptive embedding; the head is an adaptive softmax over the same vectors.
 
-Shapes: x, y (B, L) words; z (B, L, d), each token a problem of its own (sample_dims = 2): with one
-Anderson weight for a sequence, later words would change earlier predictions.
+Shapes: x, y (B, L) words; z (B, L, d). Each token is a problem of its own (sample_dims = 2): if a
+whole sequence shared its Anderson weights, later words would change earlier predictions.
 
 The `transformer-103` presets are those of locuslab/deq, tensor for tensor, and
 models/published.py reads its checkpoints.
@@ -32,7 +32,7 @@ from models import Cell, Equilibrium, VariationalDropout, labels
 
 WT103 = dict(d=700, heads=10, inner=48_000, cutoffs=(20_000, 40_000, 200_000), std=0.01)
 PRESETS = {
-    # The same tensors: a file does not tell which of the two it was trained as.
+    # These two have the same tensors: a file does not show which of them it was trained as.
     "transformer-103": WT103 | dict(dropout=0.05),
     "transformer-103-pre-ln": WT103 | dict(dropout=0.05, pre_norm=True),
     # For one GPU, and for a CPU.
@@ -43,8 +43,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Context:
-    """What f sees beside z: u (B, M + L, 3 d), the injection of history and segment, and
-    states (B, M, d), those of the history."""
+    """What f sees besides z: u (B, M + L, 3 d), the injections of history and segment; states
+    (B, M, d) of the history."""
 
     u: Tensor
     states: Tensor
@@ -85,8 +85,8 @@ def cluster_of(x: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
 
 
 def members(cluster: Tensor, n: int) -> list[Tensor]:
-    """Where the words of clusters 0 .. n - 1 are, in order. The host waits once for the device: the
-    numbers of words are the sizes of what follows. With a single cluster it need not."""
+    """The positions of the words of each cluster 0 .. n - 1. With more than one cluster the host
+    waits for the device, because the number of words in each is a tensor's size."""
     if n == 1:
         return [torch.arange(len(cluster), device=cluster.device)]
     counts = torch.stack([(cluster == i).sum() for i in range(n)]).tolist()
@@ -96,8 +96,8 @@ def members(cluster: Tensor, n: int) -> list[Tensor]:
 class AdaptiveSoftmax(nn.Module):
     """Grave et al., 2017, over the embedding's own word vectors (tied).
 
-    Its head scores the frequent words and one entry per tail cluster, the *last* entry for the
-    first cluster, as in the reference.
+    The head scores the frequent words and one entry per tail cluster. As in the reference, the
+    *last* entry is that of the first tail cluster.
     """
 
     def __init__(self, embedding: AdaptiveEmbedding):
@@ -111,7 +111,7 @@ class AdaptiveSoftmax(nn.Module):
         self.cluster = nn.Linear(d, tails) if tails else None
 
     def logits(self, z: Tensor, i: int) -> Tensor:
-        """Of cluster i's words, and for i = 0 of the clusters after them; z (N, d)."""
+        """Logits of the words of cluster i; for i = 0, also of the tail clusters; z (N, d)."""
         W, b = self.words[i].weight, self.biases[i]
         if i == 0 and self.cluster is not None:
             W, b = torch.cat([W, self.cluster.weight]), torch.cat([b, self.cluster.bias])
@@ -130,7 +130,7 @@ class AdaptiveSoftmax(nn.Module):
         return losses
 
     def log_probabilities(self, z: Tensor) -> Tensor:
-        """Of all words: z (..., d) -> (..., n)."""
+        """Log-probabilities of all words: z (..., d) -> (..., n)."""
         head = F.log_softmax(self.logits(z, 0), dim=-1)
         parts = [head[..., : self.bounds[0][1]]]
         for i in range(1, len(self.bounds)):
@@ -152,7 +152,7 @@ class TextStart(nn.Module):
 
 
 class TransformerCell(Cell):
-    """f itself. reach: the farthest distance that attention sees."""
+    """f itself. reach: attention sees only words nearer than this."""
 
     def __init__(
         self, d: int, heads: int, inner: int, dropout: float, pre_norm: bool, reach: int = 1000
@@ -211,13 +211,13 @@ def shift(scores: Tensor) -> Tensor:
 
 
 def hidden(L: int, n: int, reach: int, device: torch.device) -> Tensor:
-    """Whether query i may not see key j: those after it, and those `reach` or more before."""
+    """Whether key j is hidden from query i: it comes later, or `reach` or more words before."""
     gap = torch.arange(n - L, n, device=device)[:, None] - torch.arange(n, device=device)
     return (gap < 0) | (gap >= reach)
 
 
 class Injection(nn.Module):
-    """Words (B, L) to the injection of queries, keys and values, after that of `memory`."""
+    """The injection of words (B, L) into queries, keys and values, appended to that of `memory`."""
 
     def __init__(self, n: int, d: int, cutoffs: tuple[int, ...], dropout: float):
         super().__init__()
@@ -232,8 +232,8 @@ class Injection(nn.Module):
 
 
 class DEQTransformer(Equilibrium):
-    """words: the vocabulary's size; segment, memory: positions L and M of a context; std: of the
-    initial weights. Raises ValueError for widths that do not divide."""
+    """words: size of the vocabulary; segment, memory: positions L and M; std: of the initial
+    weights. Raises ValueError if d is not divisible by the number of heads."""
 
     sample_dims = 2
 
@@ -277,7 +277,7 @@ class DEQTransformer(Equilibrium):
         return self.softmax.log_probabilities(self.drop(z))
 
     def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        # Of all positions, labelled or not: to pick some, the host would wait for their number.
+        # For all positions, labelled or not: to select some, the host would wait for their number.
         losses = self.softmax.nll(self.drop(z).flatten(0, 1), y.flatten().clamp(min=0))
         losses = losses.where(y.flatten() >= 0, 0.0)
         rows = torch.arange(len(y), device=y.device).repeat_interleave(y.shape[1])
@@ -285,8 +285,8 @@ class DEQTransformer(Equilibrium):
 
     @torch.no_grad()
     def project(self) -> None:
-        """The tails' projections are tied. The reference counts them twice, as two parameters with
-        one value; here they are two, and both their mean after every update."""
+        """Ties the tails' projections. In the reference they are one tensor that counts as two
+        parameters; here they are two, set to their mean after every update."""
         pairs = zip(self.injection.embedding.projections, self.softmax.projections, strict=True)
         for a, b in list(pairs)[1:]:
             mean = (a.weight + b.weight) / 2

@@ -1,7 +1,7 @@
-"""Tasks: what to learn, in three splits, and the presets that go with it.
+"""Tasks: data in three splits, with the networks, the metric and the settings that suit it.
 
 Training uses the train split, every choice the validation split, every reported number the test
-split; nothing else in the project knows where data comes from.
+split. No code outside this folder knows where data comes from.
 """
 
 import functools
@@ -19,8 +19,8 @@ from models import Equilibrium
 class Split:
     """Inputs x (N, ...) and labels y (N, ...) held in memory.
 
-    augment: a random transform of one input, or None. draws: so many samples, one after another,
-    are views of one picture, and no evidence independent of each other.
+    augment: a random transform of one input, or None. draws: this many consecutive samples are
+    views of one picture, so they are not independent of each other.
     """
 
     x: Tensor
@@ -32,10 +32,8 @@ class Split:
         return len(self.x)
 
     def batch(self, rows: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and y of these samples; augmented, each from its own seed, where seeds (B,) are given.
-
-        A seed per sample, not per batch, makes the images the same on any number of ranks.
-        """
+        """x and y of these samples; if seeds (B,) are given, each x is augmented from its own seed,
+        so that it is the same on any number of ranks."""
         x, y = self.x[rows], self.y[rows]
         if self.augment is None or seeds is None:
             return x, y
@@ -53,29 +51,27 @@ class Split:
         return crc
 
     def stream(self, batches: Iterable[tuple], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """`batch` of each (rows, seeds), in order; read ahead by so many processes where reading
-        takes time, which here it does not."""
+        """`batch` of each (rows, seeds), in order. workers: processes that read ahead if reading
+        takes time, which it does not here."""
         return (self.batch(*batch) for batch in batches)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with its network and metric.
+    """A data set with its networks, its metric and the settings that suit it.
 
-    score(logits, y): the metric's summand for each label, the shape of y, or None where the metric
-    is the perplexity, exp of the mean nll over labels; further: more summands by name, reported
-    beside it. read: a user's own input as x (1, ...), of a path or, for texts, of a line.
-    network(settings): the teacher that a dict of settings asks for by `preset` and `options`, the
-    settings besides it that this network knows. defaults: settings that suit the task. nfes:
-    columns of its tables. note: said in every table. margin: within it, a metric counts as equal to
-    the teacher's; of perplexity, a share. directs: evaluations J that its tables train a network
-    for directly. decays: candidates for the base of the inference schedule. choice: samples of the
-    validation split that it and the tables' equal NFE are chosen on, 0 for all. explicit(name,
-    settings): the reference network of finite depth of this name, trained with explicit_defaults in
-    place of the teacher's; references: those that the tables have; learned: the learned solvers
-    that they have; rivals: other teachers with rows of their own, presets or the first one with its
-    student's updates added. said(): what is to be known of the data before training. edges: a
-    graph's.
+    Metric. score(logits, y): its summand for each label, in the shape of y; None if the metric is
+    the perplexity, exp of the mean nll. further: more summands, by name, that reports have. margin:
+    a metric this near to the teacher's counts as equal (for perplexity, a share).
+    Data. read: a user's own input, a path or a line of text, as x (1, ...). note: the title in
+    tables. remark(): a line about the data that is printed before training. edges: of a graph.
+    Networks. network(settings): the teacher that a dict of settings asks for; options: the settings
+    besides `preset` that it depends on. explicit(name, settings): a network of finite depth,
+    trained with explicit_defaults in place of the teacher's settings.
+    Inference. nfes: columns of the tables. decays: candidates for the base of the schedule. choice:
+    how many samples of the validation split it is chosen on; 0: all.
+    Rows of the tables. directs: evaluations J of networks trained directly; learned: learned
+    solvers; references: explicit networks; rivals: other teachers, presets or `teacher-longer`.
     """
 
     name: str
@@ -103,11 +99,11 @@ class Task:
     references: tuple[str, ...] = ()
     learned: tuple[str, ...] = ("hyperdeq",)
     rivals: tuple[str, ...] = ("teacher-longer",)
-    said: Callable[[], str] = str
+    remark: Callable[[], str] = str
     edges: Tensor | None = None
 
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits that change with the data: samples, labels, classes, edges."""
+        """Eight hexadecimal digits that change with samples, labels, classes or edges."""
         crc = zlib.crc32("\n".join(self.classes).encode())
         for split in (self.train, self.valid, self.test):
             crc = split.fingerprint(crc)
@@ -116,13 +112,13 @@ class Task:
         return f"{crc:08x}"
 
     def to_choose(self) -> Split:
-        """The part of the validation split that choices are made on."""
+        """The samples of the validation split on which choices are made."""
         if not self.choice:
             return self.valid
         return Split(*self.valid.batch(torch.arange(min(self.choice, len(self.valid)))))
 
     def as_good(self, value: float, teacher: float) -> bool:
-        """Whether a metric counts as equal to the teacher's, or is better."""
+        """Whether a metric is better than the teacher's or counts as equal."""
         if self.higher_is_better:
             return value >= teacher - self.margin
         return value <= teacher * (1 + self.margin)

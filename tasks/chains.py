@@ -1,17 +1,18 @@
 """The chains of Gu et al. (2020, IGNN) and Liu et al. (2021, EIGNN): depth by construction.
 
-`chains-L`: two classes, L nodes a chain; `chains10-L`: ten. Twenty chains of each class. An edge
-goes from each node to the next one, as in both papers' code. The class is written, one-hot, on a
-chain's first node; all other features are zero, and every node must tell the class.
+`chains-L`: two classes and L nodes in each chain; `chains10-L`: ten classes. There are twenty
+chains of each class, and an edge from each node to the next one, as in the code of both papers. The
+first node of a chain has its class as a one-hot feature; all other features are zero. The class of
+every node is to be predicted.
 
-The wall: f passes a state on by one hop, so after J evaluations from z_0 = 0 the state of a node
-that is J + 1 hops or more from the first one is the same whatever the class: the injection is the
-one hop more. No training changes that; a chain of L nodes needs L - 1 evaluations. A network of
-finite depth has the same wall at the number of its layers.
+A theorem: one evaluation of f moves information by one hop, and so does the injection. After J
+evaluations from z_0 = 0, the state of a node that is J + 1 or more hops from the first node does
+not depend on the class, however f was trained; a chain of L nodes needs L - 1 evaluations. The same
+holds for a network of finite depth and the number of its layers.
 
-Splits as in Liu et al.: 5 % of all nodes to train, 10 % to validate, 85 % to test, at random. The
-chains of a class are copies of each other, so a split by chains would test what was trained;
-here a tested node is as far from the first one as no trained node may be. No label is in any input.
+Splits as in Liu et al.: 5 % of all nodes to train, 10 % for validation, 85 % for the test, at
+random. The chains of a class are copies of each other, so a split by chains would test on trained
+inputs; with this one, a test node may be farther from the first node than any trained one.
 """
 
 import dataclasses

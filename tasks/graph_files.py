@@ -1,7 +1,7 @@
-"""A graph's files: read without running code of theirs, checked, and as tensors.
+"""Files of graphs, read without running any code in them, and checked.
 
-Every reader gives a dict of edge_index (2, E), x (N, p), y (N,) and three masks, each boolean (N,)
-or the numbers of its nodes; `checked` names the first thing that is wrong with one.
+Every reader returns a dict of edge_index (2, E), x (N, p), y (N,) and three masks, each boolean
+(N,) or a list of nodes; `checked` reports the first thing that is wrong with one.
 """
 
 import pickle
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoint import UsageError
 
-# What PyG and ogb themselves are warned of, at every start.
+# Warnings that PyG and ogb cause themselves, at every start.
 warnings.filterwarnings("ignore", r".*torch\.jit\.script.*deprecated", FutureWarning)
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
@@ -31,7 +31,7 @@ OGB_FILES = {
 
 
 def checked(data: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A graph's tensors with their types; UsageError names the first thing that is wrong."""
+    """A graph's tensors, converted; UsageError for the first thing that is wrong with them."""
     missing = [key for key in ("edge_index", "x", "y", *MASKS) if key not in data]
     if missing:
         raise UsageError(f"{source}: no {', '.join(missing)} in it")
@@ -73,7 +73,7 @@ def checked(data: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def mask_of(value: Tensor, N: int, name: str) -> Tensor:
-    """A boolean mask (N,): as it is, of zeros and ones, or from the numbers of its nodes."""
+    """A boolean mask (N,), from a boolean one, from zeros and ones, or from a list of nodes."""
     if value.shape == (N,) and ((value == 0) | (value == 1)).all():
         return value.bool()
     whole = value.dim() == 1 and value.dtype != torch.bool and not (value != value.long()).any()
@@ -83,7 +83,7 @@ def mask_of(value: Tensor, N: int, name: str) -> Tensor:
 
 
 def ogbn(name: str, data: Path) -> dict[str, Tensor]:
-    """A node task of OGB from data/NAME, downloaded by ogb where it is not there yet."""
+    """A node task of OGB from data/NAME; ogb downloads it if it is missing."""
     from ogb.nodeproppred import PygNodePropPredDataset
 
     folder, files = data / name.replace("-", "_"), OGB_FILES[name]
@@ -109,7 +109,7 @@ def ogbn(name: str, data: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def pyg_pickles():
-    """Lets torch.load's safe mode build PyG's data classes, which ogb 1.3.6 has in its files."""
+    """Allows torch.load's safe mode to build PyG's data classes, which files of ogb 1.3.6 hold."""
     from torch_geometric.data.data import Data, DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
@@ -117,7 +117,7 @@ def pyg_pickles():
         yield
 
 
-# All that Planetoid's pickles are made of, by the names of old and of new libraries.
+# Everything that Planetoid's pickles consist of, by the names of old and new libraries.
 PLAIN = {
     *(("numpy", "dtype"), ("numpy", "ndarray"), ("collections", "defaultdict")),
     *(("__builtin__", "list"), ("builtins", "list"), ("_codecs", "encode")),
@@ -127,8 +127,8 @@ PLAIN = {
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads arrays, sparse matrices, dicts and lists, and refuses whatever else a file asks for:
-    pickle would call it."""
+    """Reads arrays, sparse matrices, dicts and lists, and refuses any other object that a file asks
+    for: pickle would run its code."""
 
     def find_class(self, module: str, name: str):
         if (module, name) not in PLAIN:

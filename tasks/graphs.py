@@ -3,12 +3,12 @@
 `ogbn-arxiv`, `ogbn-products` (Hu et al., 2020): ogb's loader and split. `cora`,
 `citeseer`, `pubmed` (Planetoid; Yang et al., 2016): 60/20/20 random split, the same in every run;
 `cora-public` and so on: the public split of 20 labels a class. `digits-graph`: the embedded digits,
-each joined to its 8 nearest neighbours by pixels, which few of them show. `graph`: a user's own,
+each joined to its 8 nearest neighbours by pixels, which only a few nodes show. `graph`: your own,
 `--data FILE`, an .npz or a .pt of edge_index (2, E), x (N, p), y (N,) and train_mask, valid_mask,
-test_mask, each boolean (N,) or the numbers of its nodes.
+test_mask, each boolean (N,) or a list of nodes.
 
-Labels outside a split's mask are -1, which losses and metrics pass over. All features and edges are
-seen in training (the transductive setting of these benchmarks), labels only of the train split.
+Labels outside a split's mask are -1, which losses and metrics ignore. Training sees all features
+and edges (the transductive setting of these benchmarks), but only the labels of the train split.
 """
 
 import functools
@@ -24,7 +24,7 @@ from models.ignn import IGNN, PRESETS, Graph
 from tasks import Split, Task, graph_files
 from tasks.graph_files import MASKS, checked
 
-ARXIV_FIRST = -0.0579  # first number of the official features: anything else is a stand-in
+ARXIV_FIRST = -0.0579  # first number of the official features; other ones are a replacement
 # Sizes with about the paper's numbers of parameters, 0.15 M and 0.17 M (Table 3).
 PAPER = {
     "ogbn-arxiv": dict(width=64, hidden=734),
@@ -44,13 +44,13 @@ LARGE = SMALL | dict(
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """100 where the likeliest class is right, 0 where it is not or there is no label: (B, N)."""
+    """100 if the likeliest class is right, 0 if it is wrong or there is no label: (B, N)."""
     return 100.0 * ((logits.argmax(-1) == y) & (y >= 0))
 
 
 class Networks:
-    """The networks that fit a graph, from checked data. sizes: width and hidden of the implicit
-    ones; presets: what is particular to each of these; norm: of A where a preset names none."""
+    """The networks that fit a graph. sizes: width and hidden of the implicit ones; presets: the
+    arguments of each of them; norm: normalisation of A unless the preset names one."""
 
     def __init__(
         self, data: dict[str, Tensor], classes: int, sizes: dict, presets: dict, norm: str
@@ -77,7 +77,7 @@ class Networks:
 
 
 def no_files(name: str, path: Path) -> Tensor:
-    """What `read` of a graph's task says: there is no other input."""
+    """`read` of a graph's task: there is no other input."""
     raise UsageError(f"--files {path}: {name} is one graph; train on your own by --task graph")
 
 
@@ -94,15 +94,15 @@ def node_task(
 ) -> Task:
     """The task of a graph: one input, three label vectors, the networks that fit it.
 
-    sizes: width and hidden of its networks; paper: those of the preset ignn-paper, if it has one;
-    presets and norm: as of Networks.
+    sizes: width and hidden of its networks; paper: those of a preset `ignn-paper`; presets, norm:
+    see Networks.
     """
     graph = checked(data, name)
     x, y, masks = graph["x"][None], graph["y"], graph["masks"]
     classes = int(y[masks.any(0)].max()) + 1
     presets = presets | ({} if paper is None else {"ignn-paper": dict(kind="ignn", **paper)})
     networks = Networks(graph, classes, sizes, presets, norm)
-    few = min(200, defaults["teacher_steps"])  # OGB trains its explicit networks briefly
+    few = min(200, defaults["teacher_steps"])  # explicit networks train briefly, as in OGB
 
     return Task(
         name,
@@ -143,19 +143,19 @@ def planetoid(name: str, public: bool, data: Path) -> Task:
 
 
 def random_masks(N: int, train: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
-    """This share of the nodes to train, a fifth to validate, the rest to test."""
+    """Masks: this share of the nodes to train, a fifth for validation, the rest for the test."""
     rank = torch.randperm(N, generator=torch.Generator().manual_seed(0)) / N
     return rank < train, (rank >= train) & (rank < train + 0.2), rank >= train + 0.2
 
 
 def digits_graph(data: Path) -> Task:
-    """The embedded graph; `data` is not used. Pixels are told of one node in twenty, the labels of
-    three in ten: what a node is, it must learn from nodes that are several hops away."""
+    """The embedded graph; `data` is not used. One node in twenty shows its pixels and three in ten
+    have a training label: what a node is must be found from nodes several hops away."""
     from sklearn.datasets import load_digits
 
     images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
-    # Squared distances of whole numbers are exact, and the first of equals is nearest: a library's
-    # choice among equals changes with the number of threads.
+    # Squared distances of whole numbers are exact, and a stable sort breaks ties: the choice of a
+    # library among equal distances depends on the number of threads.
     squares = images.square().sum(1)
     gaps = squares[:, None] + squares - 2 * images @ images.T
     near = gaps.fill_diagonal_(torch.inf).argsort(dim=1, stable=True)[:, :8]

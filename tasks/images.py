@@ -26,9 +26,9 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DRAWS = 10  # views of a hard digit
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))  # as locuslab/deq has it
 FASHION = dict(mean=(0.2860,), std=(0.3530,))
-# Of photographs: at ten times the rate the student unlearns what it starts with, one solver step.
+# At ten times this rate, a student of photographs unlearns the solver step that it starts with.
 PHOTOGRAPHS = dict(student_lr=2e-4)
-# The schedule of the reference, half of it unrolled, at eight GPUs' batch.
+# The schedule of the reference, half of it unrolled, with the batch of eight GPUs.
 IMAGENET_SETTINGS = dict(
     batch=512, dtype="bf16", optimizer="sgd", teacher_lr=0.2, teacher_decay=5e-5, clip=5.0,
     teacher_steps=250_000, growing=0.5, before=18, K=26, student_steps=100_000,
@@ -38,7 +38,7 @@ REFERENCES = ("alexnet", "googlenet", "resnet34")  # torchvision's; Table 2 has 
 
 
 def accuracy(logits: Tensor, y: Tensor, k: int = 1) -> Tensor:
-    """100 where the right class is among the k likeliest, else 0: the mean is per cent."""
+    """100 if the right class is among the k likeliest, else 0: the mean is a percentage."""
     return 100.0 * (logits.topk(k, dim=1).indices == y[:, None]).any(1).float()
 
 
@@ -88,8 +88,8 @@ def digits(data: Path) -> Task:
 
 @functools.cache
 def digits_hard(data: Path) -> Task:
-    """The same digits turned, shifted, scaled, sheared and under noise: 10 fixed views of each
-    picture to validate and to test; `data` is not used."""
+    """The same digits rotated, shifted, scaled, sheared and with noise; validation and test have 10
+    fixed views of each picture. `data` is not used."""
     from torchvision.transforms import v2
 
     bilinear = v2.InterpolationMode.BILINEAR
@@ -123,7 +123,7 @@ def scans() -> list[tuple[Tensor, Tensor]]:
 
 
 def picture(path: Path, mode: str):
-    """A user's image file as PIL sees it; UsageError where it is none."""
+    """A user's image file as a PIL image; UsageError if it is none."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
@@ -135,7 +135,7 @@ def picture(path: Path, mode: str):
 
 
 def read_digit(path: Path) -> Tensor:
-    """An image file with one digit as an input (1, 1, 8, 8); dark on light is inverted."""
+    """An image file with one digit, as an input (1, 1, 8, 8); dark ink on light is inverted."""
     from torchvision.transforms.v2 import functional
 
     gray = functional.to_dtype(functional.to_image(picture(path, "L")), torch.float32, scale=True)
@@ -148,7 +148,7 @@ def read_digit(path: Path) -> Tensor:
 def photographs(
     name: str, data: Path, image_size: int, unreadable: str, defaults: dict, **more
 ) -> Task:
-    """A task of ImageNet's kind: random resized crops, or the centre of a slightly larger image."""
+    """A task like ImageNet: random resized crops, or the centre of a slightly larger image."""
     from torchvision.transforms import v2
 
     train, test = folders(data, more.pop("folder", name))
@@ -179,7 +179,7 @@ def imagenet(data: Path, image_size: int = 224, unreadable: str = "refuse") -> T
 
 
 def imagenette(data: Path, image_size: int = 64, unreadable: str = "refuse") -> Task:
-    """Ten classes of ImageNet, for one GPU or an hour or two of a CPU."""
+    """Ten classes of ImageNet, for one GPU or one or two hours of a CPU."""
     defaults = dict(
         batch=64, teacher_steps=2500, teacher_lr=2e-3, before=6, layers=3,
         store="rolling", student_steps=1000, save_every=100, **PHOTOGRAPHS,

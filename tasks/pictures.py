@@ -1,8 +1,8 @@
 """Pictures from files: decoded when asked for, by torchvision and torch's DataLoader.
 
-`Pictures` has the interface of tasks.Split, so that training, stores and evaluation do not know the
-difference. A random view is a function of its own seed: the same on any number of ranks, in any
-worker process, after any restart.
+`Pictures` has the interface of tasks.Split, so training, stores and evaluation treat both alike. A
+random view is a function of its own seed: it is the same on any number of ranks, in any worker
+process and after any restart.
 """
 
 import sys
@@ -22,9 +22,9 @@ from checkpoint import UsageError
 class Pictures:
     """A split of pictures that are decoded when asked for; the interface is Split's.
 
-    dataset: torchvision's, dataset[i] -> (PIL image, class); rows: those of its entries that belong
-    to the split; plain, augment: transforms to a tensor. unreadable: "refuse" ends the run at a
-    damaged file; "skip" counts it and, in training, takes the next one in its place.
+    dataset: torchvision's, dataset[i] -> (PIL image, class); rows: the entries that belong to the
+    split; plain, augment: transforms to a tensor. unreadable: "refuse" ends the run at a damaged
+    file; "skip" counts it and, in training, uses the next one instead.
     """
 
     dataset: object
@@ -39,8 +39,8 @@ class Pictures:
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int | None]):
-        """(x, class) of one row, augmented from its seed if there is one; instead of either, the
-        name and the error of a file that cannot be read."""
+        """(x, class) of one row, augmented if it has a seed; or a complaint that names the file,
+        if it cannot be read, and the row."""
         row, seed = key
         number = int(self.rows[row])
         try:
@@ -54,7 +54,7 @@ class Pictures:
             return self.augment(image), label
 
     def collate(self, samples: list[tuple], full: bool = False) -> tuple[Tensor, Tensor, list[str]]:
-        """x, y and the complaints about what could not be read; full: with another in its place."""
+        """x, y, and complaints about unreadable files; full: others take their place."""
         complaints = [first for first, _ in samples if isinstance(first, str)]
         if full or self.augment is not None:  # every rank needs its share of a training batch
             samples = [self.readable(*sample) for sample in samples]
@@ -65,7 +65,7 @@ class Pictures:
         return torch.stack(x), torch.tensor(y), complaints
 
     def readable(self, first, second: int) -> tuple:
-        """The sample itself, or in place of a row that cannot be read the next one that can."""
+        """The sample itself or, if it could not be read, the next one that can."""
         for row in range(second + 1, second + 1 + len(self)):
             if not isinstance(first, str):
                 break

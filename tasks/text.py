@@ -1,16 +1,15 @@
 """Language modelling tasks: the next word of running text, perplexity.
 
 `wikitext103`, `wikitext2`, and `text`, any folder of the same layout: --data DIR with
-wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens. `docstrings`, embedded: what the running
-Python's standard library says of itself; 3.11.7 has 304,000 words, other versions a little else.
+wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens. `docstrings`, embedded: the docstrings of
+the running Python's standard library; 3.11.7 has 304,000 words, other versions differ a little.
 
-Words are what white space separates, each line ends with <eos>, case is kept. The vocabulary is the
-train split's, <eos> first and then by falling frequency, as the published checkpoints have it.
+Words are separated by white space, each line ends with <eos>, case is kept. The vocabulary is that
+of the train split, <eos> first and then by falling frequency, as in the published checkpoints.
 
-The train split is cut into windows of memory + segment positions, in any order: a resumed run and
-any number of ranks see the same ones. The others are cut into a fixed number of streams, each read
-from its start, so that every word counts once and with the same history whatever the batch size and
-the number of ranks.
+The train split is cut into windows of memory + segment positions, which may come in any order. The
+other splits are cut into a fixed number of streams, each read from its start, so that every word
+counts once and with the same history, whatever the batch size and the number of ranks.
 """
 
 import ast
@@ -37,7 +36,7 @@ END, UNKNOWN = "<eos>", "<unk>"
 PARTS = ("train", "valid", "test")
 STREAMS = 32
 FEWEST = 2  # words of a split
-# Of the standard library, what is no documentation, or is not on every system.
+# Modules of the standard library without documentation, or not on every system.
 OMITTED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings"}
 OMITTED |= {"pydoc_data", "tkinter", "site-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -48,7 +47,7 @@ def words(lines: Iterable[str]) -> list[str]:
 
 
 def vocabulary(train: list[str], fewest: int = 1) -> list[str]:
-    """Words that occur so often at least, equals in the order of their first occurrence."""
+    """The words that occur at least this often, equally frequent ones in order of appearance."""
     counts = collections.Counter(train)
     counts.pop(END, None)
     known = [END, *(word for word, n in counts.most_common() if n >= fewest)]
@@ -56,7 +55,7 @@ def vocabulary(train: list[str], fewest: int = 1) -> list[str]:
 
 
 def encode(text: list[str], known: list[str], where: str) -> Tensor:
-    """Numbers of the words; those outside the vocabulary are <unk>, and counted."""
+    """The numbers of words; words outside the vocabulary become <unk>, and a line counts them."""
     numbers = {word: i for i, word in enumerate(known)}
     unknown = numbers[UNKNOWN]
     ids = torch.tensor([numbers.get(word, unknown) for word in text], dtype=torch.long)
@@ -69,7 +68,7 @@ def encode(text: list[str], known: list[str], where: str) -> Tensor:
 
 
 def windows(ids: Tensor, length: int, where: str) -> Split:
-    """Inputs and next words, cut into windows (n, length); what is left at the end is dropped."""
+    """Inputs and next words, cut into windows (n, length); a rest at the end is dropped."""
     n = len(ids) // length
     if not n:
         raise UsageError(
@@ -89,7 +88,7 @@ def streams(ids: Tensor, segment: int) -> Split:
 
 
 def read_folder(folder: Path) -> tuple[list[str], list[Tensor]]:
-    """Vocabulary and the three splits' numbers, from a cache beside the files where one fits."""
+    """The vocabulary and the numbers of the three splits, from a cache beside the files if any."""
     files = [folder / f"wiki.{part}.tokens" for part in PARTS]
     for file in files:
         if not file.is_file():
@@ -146,8 +145,8 @@ def docstrings() -> dict[str, list[str]]:
 
 
 def unrepeated(documents: dict[str, list[str]], n: int = 8) -> dict[str, list[str]]:
-    """The paragraphs of each document as lines of words and marks, without those half of whose
-    n-grams stand in an earlier one: a text that repeats itself would test what it has trained."""
+    """The paragraphs of each document, as lines of words and marks. A paragraph is left out if half
+    of its n-grams occur earlier: otherwise the test split would repeat the train split."""
     seen: set[tuple[str, ...]] = set()
     kept: dict[str, list[str]] = {name: [] for name in documents}
     for name, texts in documents.items():
@@ -161,14 +160,14 @@ def unrepeated(documents: dict[str, list[str]], n: int = 8) -> dict[str, list[st
 
 
 def grams(text: list[str], n: int) -> set[tuple[str, ...]]:
-    """Every n words in a row."""
+    """All sequences of n consecutive words."""
     return set(zip(*(text[i:] for i in range(n)), strict=False))
 
 
 def overlap(ids: Tensor, train: Tensor, n: int = 10) -> float:
-    """The share of a text's different n-grams that stand in the train split, too.
+    """The share of a text's distinct n-grams that also occur in the train split.
 
-    Each n-gram is one number modulo 2^64; two that share it by chance are too rare to matter.
+    Each n-gram is hashed to a number modulo 2^64; collisions are too rare to matter.
     """
 
     def numbers(ids: Tensor) -> np.ndarray:
@@ -184,8 +183,8 @@ def overlap(ids: Tensor, train: Tensor, n: int = 10) -> float:
 
 @functools.cache
 def read_docstrings() -> tuple[list[str], dict[str, list[str]]]:
-    """Vocabulary and words of the splits, whole modules each: of every ten, one validates and one
-    tests. Words that occur once in the train split are <unk>."""
+    """The vocabulary, and the words of each split, made of whole modules: of every ten, one is for
+    validation and one for the test. Words that occur once in the train split are <unk>."""
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for i, lines in enumerate(unrepeated(docstrings()).values()):
         parts[{8: "valid", 9: "test"}.get(i % 10, "train")] += words(lines)
@@ -201,7 +200,7 @@ def text_task(
     """A language modelling task whose networks are DEQ-Transformers."""
     train, valid, test = ids
 
-    def said() -> str:
+    def remark() -> str:
         shares = f"valid {overlap(valid, train):.1%}, test {overlap(test, train):.1%}"
         return f"{name}: 10-grams that stand in the train split, too: {shares}"
 
@@ -220,7 +219,7 @@ def text_task(
         score=None,
         read=lambda line: encode(line.split(), known, "--prompt")[None],
         classes=tuple(known),
-        said=said,
+        remark=remark,
         margin=0.05,
         choice=4,  # streams: an eighth of the words
         explicit=functools.partial(language, words=len(known), segment=segment, memory=memory),
@@ -228,7 +227,7 @@ def text_task(
     )
 
 
-# An hour or two of two CPU cores; one of them for a student.
+# One or two hours on two CPU cores.
 LITTLE = dict(
     batch=16, teacher_steps=6000, teacher_lr=3e-3, teacher_decay=0.05, growing=0.7,
     before=6, layers=4, student_steps=1500,
