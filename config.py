@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import UsageError
-from tasks import Task, chains, graphs, images, text
+from tasks import Task, chains, graphs, images, permutations, text
 
-TASKS = images.TASKS | graphs.TASKS | chains.TASKS | text.TASKS
+TASKS = images.TASKS | graphs.TASKS | chains.TASKS | text.TASKS | permutations.TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STAGES = ("all", "teacher", "student", "evaluate")

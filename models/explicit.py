@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from checkpoint import UsageError
 from models import labels
+from models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from models.ignn import Graph
-from models.transformer import PRESETS, AdaptiveEmbedding, AdaptiveSoftmax, Context, TransformerCell
+from models.transformer import PRESETS, Context, TransformerCell
 
 
 class Reference(nn.Module):
@@ -212,7 +213,7 @@ class TransformerXL(Language):
             return super().forward(z, context)[0]
 
     def layers(self, d: int, preset: dict, depth: int = 4) -> nn.Module:
-        options = preset["heads"], preset["inner"], preset["dropout"], False
+        options = preset["heads"], preset["inner"], preset["dropout"]
         net = nn.Sequential(*(self.Layer(d, *options) for _ in range(depth)))
         for name, weight in net.named_parameters():
             if not name.endswith("bias"):

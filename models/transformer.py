@@ -21,7 +21,6 @@ Departs from the reference: no dropout on attention weights (its configuration h
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from models import Cell, Equilibrium, VariationalDropout, labels
+from models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 
 WT103 = dict(d=700, heads=10, inner=48_000, cutoffs=(20_000, 40_000, 200_000), std=0.01)
+WINDOW = dict(d=64, heads=4, inner=256, cutoffs=(), reach=2)
 PRESETS = {
     # These two have the same tensors: a file does not show which of them it was trained as.
     "transformer-103": WT103 | dict(dropout=0.05),
@@ -38,6 +39,9 @@ PRESETS = {
     # For one GPU, and for a CPU.
     "transformer-small": dict(d=384, heads=6, inner=3072, cutoffs=(4_000, 20_000), dropout=0.1),
     "transformer-tiny": dict(d=128, heads=4, inner=512, cutoffs=(2_000, 10_000), dropout=0.1),
+    # Attention to a word and the one before it, for tasks/permutations.py; and a far start.
+    "transformer-window": WINDOW,
+    "transformer-window-far": WINDOW | dict(far=5),
 }
 
 
@@ -53,114 +57,43 @@ class Context:
         return Context(self.u[rows], self.states[rows])
 
 
-class AdaptiveEmbedding(nn.Module):
-    """Word vectors (Baevski & Auli, 2019): rarer words have narrower ones, projected to width d.
-
-    words 0 .. n - 1 by falling frequency; cutoffs: where the next cluster begins, each `div` times
-    narrower than the one before.
-    """
-
-    def __init__(self, n: int, d: int, cutoffs: tuple[int, ...], div: int = 4):
-        super().__init__()
-        self.bounds = list(pairwise((0, *cutoffs, n)))
-        sizes = [(end - start, max(1, d // div**i)) for i, (start, end) in enumerate(self.bounds)]
-        self.words = nn.ModuleList(nn.Embedding(count, width) for count, width in sizes)
-        self.projections = nn.ModuleList(nn.Linear(width, d, bias=False) for _, width in sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Words (...) to vectors (..., d), scaled by sqrt(d)."""
-        d = self.projections[0].out_features
-        vectors = self.words[0].weight.new_zeros(x.numel(), d)
-        places = members(cluster_of(x.flatten(), self.bounds), len(self.bounds))
-        parts = zip(self.bounds, self.words, self.projections, places, strict=True)
-        for (start, _), words, project, here in parts:
-            found = project(words(x.flatten()[here] - start)).to(vectors.dtype)
-            vectors = vectors.index_copy(0, here, found)
-        return vectors.view(*x.shape, d) * d**0.5
-
-
-def cluster_of(x: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    """The cluster of each word, x (N,): (N,)."""
-    return sum(((x >= start).long() for start, _ in bounds[1:]), torch.zeros_like(x))
-
-
-def members(cluster: Tensor, n: int) -> list[Tensor]:
-    """The positions of the words of each cluster 0 .. n - 1. With more than one cluster the host
-    waits for the device, because the number of words in each is a tensor's size."""
-    if n == 1:
-        return [torch.arange(len(cluster), device=cluster.device)]
-    counts = torch.stack([(cluster == i).sum() for i in range(n)]).tolist()
-    return list(cluster.argsort(stable=True).split(counts))
-
-
-class AdaptiveSoftmax(nn.Module):
-    """Grave et al., 2017, over the embedding's own word vectors (tied).
-
-    The head scores the frequent words and one entry per tail cluster. As in the reference, the
-    *last* entry is that of the first tail cluster.
-    """
-
-    def __init__(self, embedding: AdaptiveEmbedding):
-        super().__init__()
-        self.bounds, self.words = embedding.bounds, embedding.words
-        d, tails = embedding.projections[0].out_features, len(self.bounds) - 1
-        self.biases = nn.ParameterList(torch.zeros(end - start) for start, end in self.bounds)
-        self.projections = nn.ModuleList(
-            nn.Linear(words.embedding_dim, d, bias=False) for words in self.words
-        )
-        self.cluster = nn.Linear(d, tails) if tails else None
-
-    def logits(self, z: Tensor, i: int) -> Tensor:
-        """Logits of the words of cluster i; for i = 0, also of the tail clusters; z (N, d)."""
-        W, b = self.words[i].weight, self.biases[i]
-        if i == 0 and self.cluster is not None:
-            W, b = torch.cat([W, self.cluster.weight]), torch.cat([b, self.cluster.bias])
-        return F.linear(z @ self.projections[i].weight, W, b).float()
-
-    def nll(self, z: Tensor, y: Tensor) -> Tensor:
-        """-log p(y | z), nats, fp32, in token order: z (N, d), y (N,) -> (N,)."""
-        rare = cluster_of(y, self.bounds)
-        entry = torch.where(rare == 0, y, self.bounds[0][1] + len(self.bounds) - 1 - rare)
-        losses = F.cross_entropy(self.logits(z, 0), entry, reduction="none")
-        places = members(rare, len(self.bounds))
-        for i, here in enumerate(places[1:], 1):
-            rest = y[here] - self.bounds[i][0]
-            tail = F.cross_entropy(self.logits(z[here], i), rest, reduction="none")
-            losses = losses.index_add(0, here, tail)
-        return losses
-
-    def log_probabilities(self, z: Tensor) -> Tensor:
-        """Log-probabilities of all words: z (..., d) -> (..., n)."""
-        head = F.log_softmax(self.logits(z, 0), dim=-1)
-        parts = [head[..., : self.bounds[0][1]]]
-        for i in range(1, len(self.bounds)):
-            parts.append(head[..., -i, None] + F.log_softmax(self.logits(z, i), dim=-1))
-        return torch.cat(parts, dim=-1)
-
-
 class TextStart(nn.Module):
-    """A guess of z* from u: a causal convolution over three positions."""
+    """A guess of z* from u: a causal convolution over three positions.
 
-    def __init__(self, d: int):
+    far: then so many merges of each position with the one 1, 2, 4, .. before it, by one network for
+    all of them, as a parallel scan does it. The guess sees 2^far + 2 positions of a segment.
+    """
+
+    def __init__(self, d: int, far: int = 0):
         super().__init__()
-        self.wide, self.out = nn.Conv1d(3 * d, d // 4, 3), nn.Conv1d(d // 4, d, 1)
+        width = d // 2 if far else d // 4
+        self.wide, self.out, self.far = nn.Conv1d(3 * d, width, 3), nn.Conv1d(width, d, 1), far
+        if far:
+            first, second = nn.Conv1d(2 * width, 4 * width, 1), nn.Conv1d(4 * width, width, 1)
+            self.merge = nn.Sequential(first, nn.ReLU(), second)
 
     def forward(self, u: Context) -> list[Tensor]:
         M = u.states.shape[1]
         before = F.pad(u.u.mT, (2, 0))[..., M:]  # the last two of the memory, or zeros
-        return [self.out(self.wide(before).relu()).mT]
+        y = self.wide(before).relu()
+        for i in range(self.far):
+            earlier = F.pad(y, (2**i, 0))[..., : y.shape[-1]]
+            y = y + self.merge(torch.cat([y, earlier], dim=1))
+        return [self.out(y).mT]
 
 
 class TransformerCell(Cell):
-    """f itself. reach: attention sees only words nearer than this."""
+    """f itself. reach: attention sees only words nearer than this; far: as of TextStart."""
 
     def __init__(
-        self, d: int, heads: int, inner: int, dropout: float, pre_norm: bool, reach: int = 1000
-    ):
+        self, d: int, heads: int, inner: int, dropout: float, pre_norm: bool = False,
+        reach: int = 1000, far: int = 0,
+    ):  # fmt: skip
         super().__init__()
         if d % heads or d % 2:
             raise ValueError(f"width {d} must be even and divisible by {heads} heads")
-        self.channels, self.heads, self.pre_norm, self.reach = (d,), heads, pre_norm, reach
+        self.channels, self.heads, self.pre_norm = (d,), heads, pre_norm
+        self.reach, self.far = reach, far
         self.qkv, self.r = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.out, self.wide, self.narrow = nn.Linear(d, d), nn.Linear(d, inner), nn.Linear(inner, d)
         self.b_w, self.b_r = (nn.Parameter(torch.zeros(heads, d // heads)) for _ in range(2))
@@ -168,7 +101,7 @@ class TransformerCell(Cell):
         self.drops = nn.ModuleList(VariationalDropout(dropout, dim=-1) for _ in range(4))
 
     def start(self) -> TextStart:
-        return TextStart(*self.channels)
+        return TextStart(*self.channels, self.far)
 
     def forward(self, z: Tensor, u: Context) -> list[Tensor]:
         drop_r, drop_attention, drop_inner, drop_out = self.drops
@@ -233,20 +166,21 @@ class Injection(nn.Module):
 
 class DEQTransformer(Equilibrium):
     """words: size of the vocabulary; segment, memory: positions L and M; std: of the initial
-    weights. Raises ValueError if d is not divisible by the number of heads."""
+    weights; cell: more options of TransformerCell. Raises ValueError if d is not divisible by the
+    number of heads."""
 
     sample_dims = 2
 
     def __init__(
         self, words: int, d: int, heads: int, inner: int, cutoffs: tuple[int, ...],
         dropout: float = 0.0, pre_norm: bool = False, weighted: bool = True, std: float = 0.1,
-        segment: int = 64, memory: int = 64,
+        segment: int = 64, memory: int = 64, **cell,
     ):  # fmt: skip
         super().__init__()
         self.segment, self.memory = segment, memory
         cutoffs = tuple(cut for cut in cutoffs if cut < words)
         self.injection = Injection(words, d, cutoffs, dropout)
-        self.cell = TransformerCell(d, heads, inner, dropout, pre_norm)
+        self.cell = TransformerCell(d, heads, inner, dropout, pre_norm, **cell)
         self.softmax = AdaptiveSoftmax(self.injection.embedding)
         self.drop = VariationalDropout(dropout, dim=-1)
         for name, weight in self.named_parameters():

@@ -16,8 +16,9 @@ from anderson import anderson, picard
 from fpode import TimeMap
 from losses import Distillation, OwnRun, OwnRunBatch, TrajectoryBatch, distance
 from models.__main__ import sizes
+from models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from models.published import translated
-from models.transformer import AdaptiveEmbedding, AdaptiveSoftmax, DEQTransformer
+from models.transformer import DEQTransformer
 from models.transformer import shift as relative_shift
 from student import Student
 
