@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import runs
-from checkpoint import UsageError, atomic, plain_errors, provenance, versions
+from checkpoint import UsageError, plain_errors, provenance, versions
 from config import command_line
 from evidence import compare, tables
 from evidence.evaluate import evaluate
+from evidence.figures import canvas_of, save
 from evidence.measure import evaluate_explicit
 from evidence.methods import methods, picard_of, solved_by
 from evidence.rivals import Rivals, open_rivals
@@ -139,17 +140,12 @@ def part(title: str, columns: dict[str, list[dict[str, float]]]) -> dict:
 
 
 def figure(result: dict, path: Path) -> None:
-    """Test accuracy against length, a line per method: a PNG 800 pixels wide."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Test accuracy against length, a line per method: a PNG."""
     shown = next((part for part in result["parts"] if part["title"] == TITLES["2"]), None)
     if shown is None:
         return
+    canvas, (axis,) = canvas_of(1, width=8)
     lengths = [int(name) for name in shown["columns"]]
-    canvas, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for name, (label, style) in SHOWN.items():
         means = [statistics.fmean(values) for values in shown["cells"][name]]
         axis.plot(lengths, means, style, label=label, markersize=5)
@@ -158,9 +154,7 @@ def figure(result: dict, path: Path) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", fontsize=9)
-    with atomic(path) as file:
-        canvas.savefig(file, format="png", dpi=100)
-    pyplot.close(canvas)
+    save(canvas, path)
 
 
 def main(argv: list[str]) -> None:

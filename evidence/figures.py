@@ -9,14 +9,15 @@ METHODS = ("picard", "anderson", "hyperdeq", "cdeq", "cdeq-paper", "direct", "cd
 COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
 
 
-def canvas_of(n: int):
-    """A figure of n axes in a row, and the list of them."""
+def canvas_of(n: int, width: float = 5):
+    """A figure of n axes in a row, each so many inches wide, and the list of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, axes = pyplot.subplots(1, n, figsize=(5 * n, 4), layout="constrained", squeeze=False)
+    options = dict(figsize=(width * n, 4), layout="constrained", squeeze=False)
+    canvas, axes = pyplot.subplots(1, n, **options)
     return canvas, [*axes[0]]
 
 
