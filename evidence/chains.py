@@ -22,7 +22,7 @@ from config import command_line
 from evidence import compare, tables
 from evidence.evaluate import evaluate
 from evidence.figures import canvas_of, save
-from evidence.measure import evaluate_explicit
+from evidence.measure import BATCH, evaluate_explicit
 from evidence.methods import methods, picard_of, solved_by
 from evidence.rivals import Rivals, open_rivals
 from evidence.timing import interleaved
@@ -112,20 +112,19 @@ def at_equilibrium(run: Run, name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def seconds(folder: Path) -> dict[str, float]:
-    """Medians of one evaluation of f, of both starts, and of whole answers."""
-    run, far = runs.open_run(folder), beside(folder, FAR)
-    net, K, student = run.teacher, run.config["K"], {"cdeq": run, f"cdeq {FAR}": far}
-    x, _ = run.task.test.batch(torch.arange(1))
+def seconds(run: Run, far: Run, steps: int, label: str) -> dict[str, float]:
+    """Medians of one evaluation of f, of both starts, and of whole answers, from the injected input
+    to the state. far: the run with the far start; steps: of the solvers, named by label."""
+    net, task = run.teacher, run.task
+    x, _ = task.test.batch(torch.arange(min(BATCH, len(task.test))))
     u = net.inject(x.to(run.device))
-    z0, z = net.initial(u), torch.ones_like(u)
-    jobs = {"f": partial(net.f, z, u)}
-    for name, where in student.items():
+    z0 = net.initial(u)
+    jobs = {"f": partial(net.f, torch.ones_like(z0), u)}
+    for name, where in {"cdeq": run, f"cdeq {far.config['preset']}": far}.items():
         jobs[f"{name}, its start alone"] = partial(where.students[""][0].guess, u)
         jobs[f"{name}, 1"] = partial(table(where)["cdeq"].solve, z0, u, 1, last=True)
     for name in ("picard", "anderson"):
-        job = partial(table(run)[name].solve, z0, u, K // 2, last=True)
-        jobs[f"{name}, 2 L"] = job
+        jobs[f"{name}, {label}"] = partial(table(run)[name].solve, z0, u, steps, last=True)
     spent = interleaved(jobs, 5, run.device)
     return {name: statistics.median(values) for name, values in spent.items()}
 
@@ -177,7 +176,9 @@ def main(argv: list[str]) -> None:
                 train_task(task, seed, folder, args.flags)
         found[classes or "2"][length] = [measure(folder) for folder in folders]
         if not classes:
-            found["seconds"][length] = [seconds(folder) for folder in folders]
+            pairs = [(runs.open_run(folder), beside(folder, FAR)) for folder in folders]
+            steps = 2 * int(length)
+            found["seconds"][length] = [seconds(*pair, steps, "2 L") for pair in pairs]
     result = {"study": "Chains: who sees how far", "seeds": args.seeds, **provenance()}
     result |= {"versions": versions(), "device": "cpu" if not torch.cuda.is_available() else "cuda"}
     result["parts"] = [part(title, columns) for title, columns in found.items() if columns]

@@ -1,11 +1,12 @@
 """Accuracy by the depth of an answer, on the permutations of tasks/permutations.py.
 
-    python -m evidence.compare --task permutations --seeds 0 1 2     trains, then
-    python -m evidence.depth --seeds 0 1 2         -> results/permutations-depth.json, .md, .png
+    python -m evidence.compare --task permutations --seeds 0     trains the methods, then
+    python -m evidence.depth --seeds 0             -> results/permutations-depth.json, .md, .png
 
-Reads the runs that evidence/compare.py has made.
+The second command also trains a student with a far start, for the same teacher.
 """
 
+import argparse
 import statistics
 import sys
 from functools import partial
@@ -18,29 +19,53 @@ import runs
 from anderson import anderson
 from checkpoint import plain_errors, provenance
 from config import command_line
-from evidence import tables
-from evidence.figures import COLORS, canvas_of, save
-from evidence.methods import methods, picard_of, solved_by
+from evidence import compare, tables
+from evidence.chains import beside, seconds, table
+from evidence.figures import canvas_of, save
+from evidence.methods import picard_of, solved_by
 from evidence.rivals import open_rivals
 from infer import Method
 from tasks import permutations
 
+FAR = "transformer-window-far"
 DEPTHS = ((0, 1), (2, 3), (4, 7), (8, 15), (16, 31))  # first and last of each column
-NFES = {"picard": (1, 2, 4, 8, 16, 32), "cdeq": (1, 2, 4, 8)}
+SOLVER, STUDENT = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)  # evaluations
 WINDOW = 6  # of Anderson acceleration; the task's own solver has a window of one state
+DRAWN = {
+    "picard, 4": "C0:",
+    "picard, 32": "C0-",
+    "anderson, 32": "C1--",
+    "direct, 1": "C5:",
+    "direct, 4": "C5--",
+    "cdeq, 1": "C3:",
+    "cdeq, 4": "C3--",
+    f"cdeq {FAR}, 1": "C3-",
+}
+
+
+def train_far(seed: int, flags: list[str]) -> Path:
+    """Trains the student with the far start; the folder of the run without it."""
+    folder = Path(f"runs/permutations-seed{seed}")
+    here = ["--task", "permutations", "--seed", str(seed), "--preset", FAR, *flags]
+    here += ["--teacher", f"{folder}/teacher.pt", "--out", f"{folder}-{FAR}"]
+    for stage in ("teacher", "student"):
+        compare.train("train", *here, "--stage", stage)
+    return folder
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
     """Test accuracy of each method of a run, by the columns of DEPTHS."""
-    run = runs.open_run(folder)
-    rivals, net = open_rivals(run), run.teacher
-    table = methods(run, rivals)
-    windowed = partial(anderson, sample_dims=net.sample_dims, m=WINDOW)
-    wanted = {f"direct, {J}": (solved_by(f, picard_of(f)), J) for J, f in rivals.direct.items()}
-    wanted |= {f"{name}, {nfe}": (table[name], nfe) for name, nfes in NFES.items() for nfe in nfes}
-    wanted |= {f"anderson, {nfe}": (solved_by(net, windowed), nfe) for nfe in NFES["picard"][-2:]}
+    run, far = runs.open_run(folder), beside(folder, FAR)
+    net, own = run.teacher, table(run)
+    windowed = solved_by(net, partial(anderson, sample_dims=net.sample_dims, m=WINDOW))
+    direct = open_rivals(run).direct
+    wanted = {f"picard, {nfe}": (own["picard"], nfe) for nfe in SOLVER}
+    wanted |= {f"anderson, {nfe}": (windowed, nfe) for nfe in SOLVER}
+    wanted |= {f"direct, {J}": (solved_by(f, picard_of(f)), J) for J, f in direct.items()}
+    for name, method in (("cdeq", own["cdeq"]), (f"cdeq {FAR}", table(far)["cdeq"])):
+        wanted |= {f"{name}, {nfe}": (method, nfe) for nfe in STUDENT}
     _, _, depth = permutations.text(permutations.SAMPLES[2], seed=2)
-    x, y = (v.to(run.device) for v in run.task.test.batch(torch.arange(len(run.task.test))))
+    x, y = (v.to(run.device) for v in run.task.test.batch(torch.arange(len(depth))))
     found = {}
     for name, (method, nfe) in wanted.items():
         right = 100.0 * (predictions(method, x, nfe) == y).cpu()
@@ -58,35 +83,44 @@ def predictions(method: Method, x: Tensor, nfe: int) -> Tensor:
 
 def figure(result: dict, path: Path) -> None:
     """Accuracy against depth, a line for each method: a PNG."""
-    canvas, (axis,) = canvas_of(1)
-    (part,) = result["parts"]
-    for name, cells in part["cells"].items():
-        method, _, nfe = name.partition(", ")
-        if nfe in ("1", "4", "32"):
-            style = {"1": ":", "4": "--", "32": "-"}[nfe]
-            means = [statistics.fmean(values) for values in cells]
-            axis.plot(part["columns"], means, style, marker="o", color=COLORS[method], label=name)
+    canvas, (axis,) = canvas_of(1, width=8)
+    part = result["parts"][0]
+    for name, style in DRAWN.items():
+        means = [statistics.fmean(values) for values in part["cells"][name]]
+        axis.plot(part["columns"], means, style, marker="o", markersize=5, label=name)
     axis.set(xlabel="depth: words since the last reset", ylabel="test accuracy, %")
-    axis.set_title("permutations: method, evaluations")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    canvas.legend(loc="outside right upper", fontsize=9)
     save(canvas, path)
 
 
 def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="where to write")
+    more = dict(nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
+    parser.add_argument("--flags", **more)
     args = parser.parse_args(argv)
-    found = [measure(Path(f"runs/permutations-seed{seed}")) for seed in args.seeds]
-    cells = {
-        name: [[one[name][i] for one in found] for i in range(len(DEPTHS))] for name in found[0]
-    }
-    title = "test accuracy, %, by method and evaluations and by depth"
-    result = {"study": "Permutations: accuracy by depth", "seeds": args.seeds, **provenance()}
-    result |= {"device": "cpu" if not torch.cuda.is_available() else "cuda"}
+    folders = [train_far(seed, args.flags) for seed in args.seeds]
+    right = [measure(folder) for folder in folders]
+    spent = [seconds(runs.open_run(f), beside(f, FAR), SOLVER[-1], "32") for f in folders]
     columns = [f"{first} - {last}" for first, last in DEPTHS]
-    result["parts"] = [{"title": title, "columns": columns, "digits": 1, "cells": cells}]
+    by_depth = {
+        name: [[one[name][i] for one in right] for i in range(len(DEPTHS))] for name in right[0]
+    }
+    by_method = {name: [[one[name] for one in spent]] for name in spent[0]}
+    result = {
+        "study": "Permutations: accuracy by depth",
+        "seeds": args.seeds,
+        **provenance(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "parts": [
+            dict(title="test accuracy, %, by method and evaluations and by depth",
+                 columns=columns, digits=1, cells=by_depth),
+            dict(title="seconds from the injected input to the state, 128 sequences",
+                 columns=["seconds"], digits=5, cells=by_method),
+        ],
+    }  # fmt: skip
     print(tables.write(result, args.results / "permutations-depth", figure))
 
 

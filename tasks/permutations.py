@@ -31,7 +31,7 @@ from tasks import Split, Task
 
 WORDS = ("a", "b", "r")
 LENGTH, RESETS = 32, 0.15  # words of a sequence; probability of an r
-SAMPLES = (20_000, 500, 1_000)  # of the train, validation and test split
+SAMPLES = (8_000, 500, 1_000)  # of the train, validation and test split
 STATES = [*permutations(range(3))]
 MOVES = ((1, 2, 0), (1, 0, 2))  # of a and b
 # The number of the state after each state and word.
@@ -80,8 +80,8 @@ def task(data: Path) -> Task:
         classes=classes,
         nfes=(1, 2, 4, 8, 16, 32),
         defaults=dict(
-            batch=64, teacher_steps=800, teacher_decay=0.05, before=12, K=LENGTH, m=1,
-            student_steps=400, augment=False,
+            batch=64, teacher_steps=1200, teacher_decay=0.05, before=12, K=LENGTH, m=1,
+            student_steps=600, augment=False,
         ),
     )  # fmt: skip
 

@@ -1,13 +1,13 @@
 """The permutations: what the task is, the wall of J evaluations, and a start that sees past it."""
 
-import itertools
+import importlib
 
 import pytest
 import torch
 
 import train
 from anderson import picard
-from evidence import depth
+from evidence import compare, depth, rivals
 from models.transformer import PRESETS
 from tasks import permutations
 
@@ -84,14 +84,20 @@ def test_presets_differ_in_the_start_alone():
 
 
 def test_accuracy_by_depth_of_a_run(tmp_path, monkeypatch):
-    """Answers of depth 0 and 1 can be right after one evaluation, whatever the weights."""
+    """Of every method that has been trained, the far start's student among them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(permutations, "SAMPLES", (64, 16, 32))
+    monkeypatch.setattr(
+        compare, "train", lambda module, *flags: importlib.import_module(module).main([*flags])
+    )
+    folder = "runs/permutations-seed0"
     for stage in ("teacher", "student"):
-        train.main([*TINY, "--stage", stage, "--out", "runs/permutations-seed0"])
-    depth.main(["--seeds", "0"])
+        train.main([*TINY, "--stage", stage, "--out", folder])
+    for kind in ("direct-1", "direct-4"):
+        rivals.main([kind, *TINY, "--out", folder])
+    depth.main(["--seeds", "0", "--flags", *TINY[1:]])
     text = (tmp_path / "results/permutations-depth.md").read_text()
-    for name, nfe in itertools.product(("picard", "cdeq"), (1, 8)):
-        assert f"| {name}, {nfe} | " in text
+    for name in (*depth.DRAWN, "anderson, 1", "cdeq transformer-window-far, its start alone"):
+        assert f"| {name} | " in text
     assert "| method | 0 - 1 | 2 - 3 | 4 - 7 | 8 - 15 | 16 - 31 |" in text
     assert (tmp_path / "results/permutations-depth.png").exists()
