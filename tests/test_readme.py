@@ -22,7 +22,7 @@ import tasks
 import train
 from evidence import chains, compare, contraction, speed, tables, timing
 from models import mdeq, transformer
-from tasks import Split, graphs, text
+from tasks import Split, graphs, permutations, text
 
 from . import test_graphs, test_images, test_mdeq, test_text, test_transformer
 from .conftest import ROOT, TINY
@@ -142,8 +142,11 @@ def small_networks(patch) -> None:
 def short_measurements(patch) -> None:
     """Two students of each kind, one round of times, small inputs."""
     patch.setattr(contraction, "KAPPA", contraction.KAPPA[:2])
-    for name in ("GRID", "ABLATIONS", "TEACHERS"):
-        patch.setattr(compare, name, dict(itertools.islice(getattr(compare, name).items(), 2)))
+    for name in ("grid", "ablation"):
+        few = itertools.islice(compare.STUDENTS[name].items(), 2)
+        patch.setitem(compare.STUDENTS, name, dict(few))
+    patch.setattr(compare, "TEACHERS", dict(itertools.islice(compare.TEACHERS.items(), 2)))
+    patch.setattr(permutations, "SAMPLES", (64, 16, 32))
     rounds = timing.interleaved
     for module in (timing, speed, chains):
         once = lambda jobs, n, *device, **_: rounds(jobs, 1, *device)  # noqa: E731
@@ -192,6 +195,11 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
         made = ["--tasks", "chains-10", "--results", str(tmp_path)]
         main([*flags, *made, "--flags", *tiny_flags("digits-graph")])
         assert (tmp_path / "chains.png").exists()
+    elif script == "evidence.depth":
+        made = ["--results", str(tmp_path), "--flags", *tiny_flags("permutations")]
+        compare.main(["--task", "permutations", "--seeds", "0", *made])
+        main([*flags, *made])
+        assert (tmp_path / "permutations-depth.png").exists()
     elif script == "evidence.speed":
         main(flags)
         found = json.loads(Path("results/speed.json").read_text())
