@@ -111,7 +111,7 @@ def say(job: Job, text: str) -> None:
         tqdm.write(text)
 
 
-def tell(job: Job, stage, bar: tqdm, step: int, values: dict[str, Tensor]) -> None:
+def report_update(job: Job, stage, bar: tqdm, step: int, values: dict[str, Tensor]) -> None:
     """Writes the numbers of an update to the log and the terminal."""
     line = {name: value.item() for name, value in values.items()}
     log(job, stage=stage.kind, student=job.config.name, step=step, **line)

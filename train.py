@@ -116,7 +116,7 @@ def fit(job: Job, stage: Stage) -> None:
             check(stage, unseen)
             unseen.clear()
         if logs:
-            runs.tell(job, stage, bar, step, values)
+            runs.report_update(job, stage, bar, step, values)
         if saves:
             states = {name: part.state_dict() for name, part in stage.states().items()}
             contents = dict(step=step + 1, **states, **stage.extra)

@@ -258,7 +258,7 @@ class Rolling(Memory):
         super().__init__(solve, *args, **(options | {"chunk": slots // reuse}))
 
     def solve_all(self, solve: Solve) -> None:
-        self.x = self.y = self.z = None  # allocated by the first chunk, which tells the shapes
+        self.x = self.y = self.z = None  # allocated when the first chunk shows the shapes
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         slots = self.reuse * self.chunk

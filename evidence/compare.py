@@ -122,7 +122,7 @@ def teachers(task: Task, part: str) -> tuple[str, ...]:
 
 
 def seed_report(task: Task, part: str, folder: Path) -> dict:
-    """One seed's part of a table, of what is finished in its folders; what is missing is said."""
+    """One seed's report of everything finished in its folders; prints what is missing."""
     run = runs.open_run(folder)
     wanted, rivals = STUDENTS[part], Rivals({}, {}, {})
     missing = [f"student {name}".strip() for name in wanted if name not in run.students]

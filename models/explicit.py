@@ -57,7 +57,7 @@ def vision(name: str, settings: dict, classes: int) -> Vision:
     """The library's network of this name; NAME-pretrained has its ImageNet weights."""
     base, pretrained = name.removesuffix("-pretrained"), name.endswith("-pretrained")
     if pretrained and classes != 1000:
-        raise UsageError(f"{name}: its weights tell 1000 classes, not {classes}")
+        raise UsageError(f"{name}: its weights have 1000 classes, not {classes}")
     try:
         return Vision((from_timm if base in TIMM else from_torchvision)(base, pretrained, classes))
     except OSError as error:

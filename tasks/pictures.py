@@ -75,7 +75,7 @@ class Pictures:
     def report(self, complaints: list[str]) -> None:
         for complaint in complaints:
             if self.unreadable == "refuse":
-                raise UsageError(f"{complaint}: mend or remove it, or go on by --unreadable skip")
+                raise UsageError(f"{complaint}: repair or remove it, or add --unreadable skip")
             if complaint not in self.skipped:
                 self.skipped.add(complaint)
                 print(f"{complaint}: skipped, {len(self.skipped)} so far", file=sys.stderr)

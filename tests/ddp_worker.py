@@ -49,10 +49,10 @@ def gap(module, network, batch, dtype="fp32") -> float:
         return v[len(v) // world * rank : len(v) // world * (rank + 1)]
 
     whole = gradients(module, network, batch)
-    mine = type(batch)(**{key: shard(v) for key, v in vars(batch).items()})
+    own = type(batch)(**{key: shard(v) for key, v in vars(batch).items()})
     config = SimpleNamespace(dtype=dtype)
     job = SimpleNamespace(world=world, device=torch.device("cpu"), config=config)
-    parts = gradients(runs.distributed(job, module), network, mine)
+    parts = gradients(runs.distributed(job, module), network, own)
     return ((whole - parts).abs().max() / whole.abs().max()).item()
 
 

@@ -31,7 +31,7 @@ L = 12  # nodes of a test's chain
 
 
 def line(preset="ignn", norm="into"):
-    """A network of random weights on two chains, and the input that tells classes 0 and 1."""
+    """A network of random weights on two chains, and the input with classes 0 and 1."""
     torch.manual_seed(0)
     nodes = torch.arange(2 * L).view(2, L)
     edges = torch.stack([nodes[:, :-1].flatten(), nodes[:, 1:].flatten()])

@@ -1,4 +1,4 @@
-"""Settings: flags, recipes and defaults, and what is said of bad ones.
+"""Settings: flags, recipes and defaults, and the messages for bad ones.
 
 Flags win over the recipe, the recipe over the task's defaults.
 Bad values are one line with what is allowed, and exit code 2.

@@ -1,7 +1,7 @@
 """Image tasks: pictures from files, published teachers taken over.
 
 Held-out pictures are never trained on; a view depends on its seed alone.
-A picture is the same however its file tells it; damaged ones are refused or skipped.
+A picture is the same whatever its file format; damaged ones are refused or skipped.
 """
 
 import functools

@@ -104,7 +104,7 @@ def test_hrnet_without_timm_says_what_to_install(name, tree, monkeypatch):
         UsageError, match=r'explicit-hrnet_w18 needs timm.*install "\.\[references]"'
     ):
         images.vision(name, {}, 1000)
-    with pytest.raises(UsageError, match="its weights tell 1000 classes, not 2"):
+    with pytest.raises(UsageError, match="its weights have 1000 classes, not 2"):
         images.imagenette(tree).explicit("hrnet_w18-pretrained", {})
 
 

@@ -15,7 +15,7 @@ PARTS = speed.PARTS.keys() | speed.CUDA.networks.keys()
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The file of a dry run, and what it told."""
+    """The file of a dry run, and its contents."""
     folder = tmp_path_factory.mktemp("dry")
     done = command("-m", "evidence.speed", "--dry", "--results", str(folder))
     assert not done.returncode, done.stderr

@@ -87,8 +87,8 @@ def make(folder, train_text: str, valid: str, test: str):
 def test_streams_hold_every_word_once_and_in_order():
     ids = torch.arange(1, 1001)
     split = text.streams(ids, segment=7)
-    told = split.y[split.y >= 0]
-    assert torch.equal(told, ids) and len(split) == text.STREAMS
+    labelled = split.y[split.y >= 0]
+    assert torch.equal(labelled, ids) and len(split) == text.STREAMS
     assert torch.equal(split.x.flatten()[1:1000], ids[:-1]) and split.x[0, 0] == 0
 
 

@@ -17,7 +17,7 @@ SPLIT = Split(torch.arange(20.0)[:, None], torch.arange(20))
 
 
 def solve(x):
-    """A trajectory of 5 states that tells sample and step: z_k = (x, k)."""
+    """A trajectory of 5 states that show sample and step: z_k = (x, k)."""
     k = torch.arange(5.0)[:, None].expand(5, len(x))
     return torch.stack([x[:, 0].expand(5, -1), k], dim=-1)
 
