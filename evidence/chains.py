@@ -8,7 +8,6 @@ teacher of preset ignn-far is taken over from preset ignn: the presets differ on
 their students.
 """
 
-import argparse
 import statistics
 import sys
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 import runs
-from checkpoint import UsageError, plain_errors, provenance, versions
+from checkpoint import plain_errors, provenance, versions
 from config import command_line
 from evidence import compare, tables
 from evidence.evaluate import evaluate
@@ -160,13 +159,8 @@ def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--tasks", choices=[*chains.TASKS], nargs="+", default=[*chains.TASKS])
-    add("--seeds", type=int, nargs="+", default=[0])
     add("--finished", action="store_true", help="train nothing, report what is there")
-    add("--results", type=Path, default=Path("results"), help="where to write")
-    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
-    args = parser.parse_args(argv)
-    if len({*args.seeds}) < len(args.seeds) or min(args.seeds) < 0:
-        raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: each once, and >= 0")
+    args = compare.over_seeds(parser, argv, [0])
     found: dict = {"2": {}, "10": {}, "seconds": {}}
     for task in dict.fromkeys(args.tasks):
         classes, length = task.removeprefix("chains").split("-")

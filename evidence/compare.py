@@ -158,18 +158,25 @@ def rival_rows(run: Run, name: str) -> list[dict]:
     return [{"method": name, **row, **more}]
 
 
-def main(argv: list[str]) -> None:
-    parser = command_line(__doc__)
+def over_seeds(parser: argparse.ArgumentParser, argv: list[str], seeds: list[int]):
+    """Parses a command line of a study over seeds, with the options that all of them have."""
     add = parser.add_argument
-    add("--task", choices=tuple(TASKS), default="digits")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--part", choices=[*STUDENTS], nargs="+", default=["main"], help="what to make")
-    add("--finished", action="store_true", help="train nothing, report what is there")
+    add("--seeds", type=int, nargs="+", default=seeds)
     add("--results", type=Path, default=Path("results"), help="where to write")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
     args = parser.parse_args(argv)
     if len({*args.seeds}) < len(args.seeds) or min(args.seeds) < 0:
         raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: each once, and >= 0")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--task", choices=tuple(TASKS), default="digits")
+    add("--part", choices=[*STUDENTS], nargs="+", default=["main"], help="what to make")
+    add("--finished", action="store_true", help="train nothing, report what is there")
+    args = over_seeds(parser, argv, [0, 1, 2])
     if "RANK" in os.environ:
         if not args.finished:
             raise UsageError("under torchrun, compare trains nothing: add --finished")

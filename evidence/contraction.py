@@ -11,7 +11,6 @@ runs/contraction/ and continue where they were stopped; a teacher whose training
 left out.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import runs
 from checkpoint import UsageError, plain_errors, provenance
 from config import TASKS, command_line, open_task
 from evidence import tables
-from evidence.compare import train
+from evidence.compare import over_seeds, train
 from evidence.figures import COLORS, canvas_of, save
 from evidence.measure import measure
 from evidence.rivals import Rivals, open_rivals
@@ -124,11 +123,7 @@ def figure(result: dict, path: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
     parser.add_argument("--task", choices=tuple(TASKS), default="digits-graph")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where to write")
-    more = dict(nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
-    parser.add_argument("--flags", **more)
-    args = parser.parse_args(argv)
+    args = over_seeds(parser, argv, [0])
     shown, rows, stem = "no teacher was trained", [], args.results / f"{args.task}-contraction"
     settings = KAPPA if args.task in graphs.TASKS else JACOBIAN
     for seed in args.seeds:

@@ -6,7 +6,6 @@
 The second command also trains a student with a far start, for the same teacher.
 """
 
-import argparse
 import statistics
 import sys
 from functools import partial
@@ -95,12 +94,7 @@ def figure(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where to write")
-    more = dict(nargs=argparse.REMAINDER, default=[], help="more flags for train.py, last")
-    parser.add_argument("--flags", **more)
-    args = parser.parse_args(argv)
+    args = compare.over_seeds(command_line(__doc__), argv, [0])
     folders = [train_far(seed, args.flags) for seed in args.seeds]
     right = [measure(folder) for folder in folders]
     spent = [seconds(runs.open_run(f), beside(f, FAR), SOLVER[-1], "32") for f in folders]
