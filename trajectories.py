@@ -60,7 +60,7 @@ def sample(net: Equilibrium, x: Tensor, K: int, ends: bool = False, **solver) ->
 
 def augment(ks: Tensor, draws: Tensor) -> Tensor:
     """Redirects steps ks (B, n) to K where their state is replaced by z_K. draws (B, K + 1) in
-    [0, 1), one per state, so that a step that stands twice in a row of ks is replaced twice."""
+    [0, 1), one per state, so that a state is replaced everywhere in its row of ks or nowhere."""
     K = draws.shape[1] - 1
     k = torch.arange(K + 1, device=ks.device)
     replaced = (draws < P_AUG) & (k >= K_MIN) & (k <= K - K_TAIL)

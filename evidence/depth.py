@@ -74,9 +74,11 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def predictions(method: Method, x: Tensor, nfe: int) -> Tensor:
-    """The likeliest class at each position after nfe evaluations: (B, L)."""
-    u = method.inject(x)
+    """The likeliest class at each position after nfe evaluations, which are counted: (B, L)."""
+    u, before = method.inject(x), method.counter.nfe
     z = method.solve(method.initial(u), u, nfe, last=True)
+    if (made := method.counter.nfe - before) != nfe:
+        raise AssertionError(f"{made} evaluations were made, {nfe} declared")
     return method.net.head(z).argmax(-1)
 
 

@@ -14,9 +14,11 @@ The attention of the network, preset `transformer-window`, sees a word and the o
 evaluation of f moves information by one word. After J evaluations from z_0 = 0, a state depends on
 its word and the J before it, however f was trained: answers of depth J + 1 or more are guesses.
 
-The solver is Picard's iteration (a window of one state), which arrives after as many evaluations as
-a sequence has words. With six states, the weights of Anderson acceleration, fitted to each word's
-residuals alone, undo its progress.
+The solver is Picard's iteration (a window of one state): information has arrived everywhere after
+as many evaluations as a sequence has words. With a window of six, the weights of Anderson
+acceleration, fitted to each word's residuals alone, undo this progress. A sequence need not begin
+with r, and the network does not recognise its first word: answers before the first r are often
+wrong.
 """
 
 from itertools import permutations

@@ -51,9 +51,10 @@ def test_the_order_of_words_matters_and_all_states_occur():
     assert permutations.text(100, seed=0)[1].unique().tolist() == [*range(6)]
 
 
-def test_no_test_sequence_was_trained(task):
-    splits = [{tuple(row) for row in split.x.tolist()} for split in (task.train, task.test)]
-    assert not splits[0] & splits[1]
+def test_no_sequence_of_another_split_was_trained(task):
+    parts = task.train, task.valid, task.test
+    train, valid, test = ({tuple(row) for row in split.x.tolist()} for split in parts)
+    assert not train & (valid | test)
 
 
 @pytest.mark.parametrize("J", [1, 3])
