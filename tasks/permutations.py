@@ -1,9 +1,9 @@
 """A text that needs depth by construction: the running product of permutations.
 
 Each word is a or b, which multiply the state by one of two permutations of three things, or r,
-which resets the state to the identity. The label of a word is the state after it, one of six. The
-permutations do not commute, so a label depends on all words since the last r, in order; its depth
-is the number of these words. Such word problems are the standard test of state tracking (Liu et
+which resets the state to the identity. Every sequence begins with r. The label of a word is the
+state after it, one of six. The permutations do not commute, so a label depends on all words since
+the last r, in order; its depth is the number of these words. Such word problems are the standard test of state tracking (Liu et
 al., 2023; Merrill et al., 2024).
 
     word     r   a   b   b   a   r   b
@@ -16,9 +16,7 @@ its word and the J before it, however f was trained: answers of depth J + 1 or m
 
 The solver is Picard's iteration (a window of one state): information has arrived everywhere after
 as many evaluations as a sequence has words. With a window of six, the weights of Anderson
-acceleration, fitted to each word's residuals alone, undo this progress. A sequence need not begin
-with r, and the network does not recognise its first word: answers before the first r are often
-wrong.
+acceleration, fitted to each word's residuals alone, undo this progress.
 """
 
 from itertools import permutations
@@ -45,6 +43,7 @@ def text(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
     words = torch.randint(2, (n, LENGTH), generator=random)
     words[torch.rand(n, LENGTH, generator=random) < RESETS] = WORDS.index("r")
+    words[:, 0] = WORDS.index("r")
     after, found = torch.tensor(AFTER), []
     state = depth = torch.zeros(n, dtype=torch.long)
     for word in words.T:

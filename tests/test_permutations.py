@@ -43,6 +43,7 @@ def test_states_are_products_of_permutations():
             things = {"a": y + z + x, "b": y + x + z, "r": "012"}[permutations.WORDS[word]]
             age = 0 if word == 2 else age + 1
             assert (things, age) == ("".join(map(str, permutations.STATES[number])), expected)
+        assert line[0] == permutations.WORDS.index("r")
 
 
 def test_the_order_of_words_matters_and_all_states_occur():
