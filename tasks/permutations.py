@@ -3,8 +3,8 @@
 Each word is a or b, which multiply the state by one of two permutations of three things, or r,
 which resets the state to the identity. Every sequence begins with r. The label of a word is the
 state after it, one of six. The permutations do not commute, so a label depends on all words since
-the last r, in order; its depth is the number of these words. Such word problems are the standard test of state tracking (Liu et
-al., 2023; Merrill et al., 2024).
+the last r, in order; its depth is the number of these words. Such word problems are the standard
+test of state tracking (Liu et al., 2023; Merrill et al., 2024).
 
     word     r   a   b   b   a   r   b
     state    0   3   5   3   4   0   2

@@ -1,5 +1,8 @@
-"""Run by torchrun: the losses' gradients on shards of a batch against one process's on all of it,
-and an evaluation against one process's. Prints the largest differences on rank 0."""
+"""Compares several processes with one; run under torchrun by test_train.py.
+
+The gradients of every loss on shards of a batch are averaged and compared with those of the whole
+batch. Rank 0 prints the largest differences, then metric and distance of an evaluation by all.
+"""
 
 import copy
 import sys
@@ -57,8 +60,8 @@ def gap(module, network, batch, dtype="fp32") -> float:
 
 
 def batch_norms() -> float:
-    """That of a teacher with BatchNorm, or the difference of its running statistics. In fp64: in
-    fp32, near its initial weights, it makes a third digit of a last one."""
+    """The gap of a teacher with BatchNorm, or the difference of its running statistics if that is
+    larger. In fp64: near its initial weights, the network amplifies rounding a thousandfold."""
     net = MDEQ((1, 8, 8), 10, channels=(8, 8), head=(4, 4), final=16, batch_norm=True).double()
     batch = TeacherBatch(torch.randn(8, 1, 8, 8).double(), torch.arange(8), 2, 2)
     twin = copy.deepcopy(net)
@@ -70,7 +73,7 @@ def batch_norms() -> float:
 
 
 def gaps(net, x, y, past=()) -> list[float]:
-    """Those of a teacher and of its students by both recipes; past: arguments for the memory."""
+    """The gaps of a teacher and of its students by both recipes. past: arguments for the memory."""
     plain, ours = (Student(net, TimeMap(rho=0.3, K=6), start=start) for start in (False, True))
     frozen = copy.deepcopy(net).requires_grad_(False)
     z_K = torch.randn_like(frozen.initial(frozen.inject(x)))

@@ -1,4 +1,4 @@
-"""Eight processes, killed in every stage and followed by two nodes, against one process.
+"""Compares eight processes, killed in every stage and followed by two nodes, with one process.
 
     python tests/eight.py [FOLDER]     twenty minutes of two busy cores; FOLDER: keeps both runs
 
@@ -6,7 +6,7 @@ A network of --task imagenet on small pictures, on the CPU. Eight processes unde
 teacher, the student and the report; in the middle of each, SIGKILL ends them and their launcher,
 and four finish it, on two nodes. Prints when they were killed, seconds, and the largest differences
 from the same run by one process. Fails where the decay is another, or a number of the report
-differs by more than 1e-4 of it. RESULTS.md says why rates are small, and there is no start.
+differs by more than 1e-4 of it. RESULTS.md says why the rates are small and there is no start.
 """
 
 import json

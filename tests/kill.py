@@ -1,4 +1,4 @@
-"""Starts one command again and again, killing it at random moments, until it has finished.
+"""Starts train.py again and again, kills it at random moments, and at last lets it finish.
 
 usage: kill.py KILLS SEED FLAGS...   FLAGS: of train.py
 

@@ -1,4 +1,4 @@
-"""Bad and unusual values of every flag of every command: each is taken, or refused in one line.
+"""Tries bad and unusual values of every flag: each is taken, or refused in one line.
 
     python -m tests.sweep [RUN]      all of them, a minute or two; RUN: a finished run folder
 
@@ -21,7 +21,7 @@ from evidence import chains, compare, rivals, speed, tables
 VALUES = ("", "-1", "0", "nan", "inf", "-inf", "1e23", "1" + "0" * 23, "abc", "é\n", "../x", "1 2")
 INFER = "nfe batch decay tol max-nfe tokens temperature top-k seed student memory split data "
 INFER += "device unreadable files prompt"
-COMPARE = ("task", "seeds", "tables", "figures", "results")
+COMPARE = ("task", "part", "seeds", "results")
 
 
 def settings(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -53,7 +53,7 @@ def answers(run: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def comparisons(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Flags of compare.py, with `--finished`, on runs that are not there."""
+    """Flags of compare.py and chains.py, with `--finished`, on runs that do not exist."""
     for name, value in itertools.product(COMPARE, VALUES):
         flags = [f"--results={out}", f"--{name}={value}", "--finished"]
         yield " ".join(["compare", *flags]), lambda flags=flags: compare.main(flags)
@@ -63,7 +63,7 @@ def comparisons(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def measurements(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Flags of the commands that draw and time, beside one that ends them before they work."""
+    """Flags of the other commands of evidence/, beside one that ends them before they work."""
     for name, value in itertools.product(("only", "frobnicate"), VALUES):
         flags = [f"--{name}={value}", f"--results={out}"]
         yield " ".join(["speed", *flags]), lambda flags=flags: speed.main(flags)
@@ -72,8 +72,8 @@ def measurements(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def sweep(run: str, every: int = 1) -> tuple[int, list[str]]:
-    """The number of cases, and those that failed with what happened; every: of how many cases one
-    is tried."""
+    """The number of cases tried, and those that failed, with what happened. every: 7 means that
+    every seventh case is tried."""
     failed, count = [], 0
     with tempfile.TemporaryDirectory() as out:
         cases = itertools.chain(settings(out), answers(run), comparisons(out), measurements(out))

@@ -99,7 +99,7 @@ def test_tolerance_freezes_each_sample_at_an_answer_that_meets_it(solver):
 
 
 def test_without_convergence_the_smallest_residual_wins():
-    """tol > 0 on an oscillating map: the answer is the f(z) of the best iterate, not the last."""
+    """On an oscillating map the answer is the f(z) of the smallest residual, not the last one."""
     values = iter([1.0, 1.1, 5.0, -7.0])
     f = lambda z: torch.full_like(z, next(values))  # noqa: E731
     assert picard(f, torch.zeros(1, 1), 4, tol=1e-6, last=True).item() == pytest.approx(1.1)
@@ -130,7 +130,7 @@ def test_any_state_shape_and_any_number_of_sample_dimensions(shape, dims):
 
 
 def test_half_precision_states_are_solved_in_single_precision():
-    """bf16 weights would not sum to one: the fixed point is still found to bf16 accuracy."""
+    """Weights in bf16 would not sum to one. The answer is as accurate as bf16 allows."""
     f, star = affine(norm=0.5)
     g = lambda z: f(z.double()).to(z.dtype)  # noqa: E731
     z = anderson(g, torch.zeros_like(star, dtype=torch.bfloat16), 20, last=True)
@@ -139,7 +139,7 @@ def test_half_precision_states_are_solved_in_single_precision():
 
 
 def test_a_solved_problem_stays_solved():
-    """All residuals zero: the window is singular but for its floors."""
+    """All residuals are 0, and only the floors keep the window's system regular."""
     z = anderson(lambda z: z, torch.ones(2, 3), 8)
     assert torch.allclose(z, torch.ones_like(z))
 

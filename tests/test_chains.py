@@ -1,7 +1,7 @@
-"""The chains: what the task is, the wall of J evaluations, and a start that sees past it.
+"""The chains: a task that needs as many evaluations as a chain has nodes.
 
-A network that learns nothing about distance fails here, and one that sees no further than its
-number of evaluations is seen to fail.
+Only the first node shows the class. J evaluations see J hops, with any weights and either solver.
+A far start sees the whole chain; with it, one evaluation is right on every node.
 """
 
 import json
@@ -43,8 +43,8 @@ def line(preset="ignn", norm="into"):
 
 
 def reach(answer, x) -> int:
-    """Nodes of the first chain whose answer changes with the class on its first node; they are the
-    first ones."""
+    """How many nodes of the first chain answer otherwise if its first node has the other class.
+    Checks that they are the first ones."""
     other = x.clone()
     other[0, 0] = x[0, 0].flip(0)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_edges_have_one_direction():
 @pytest.mark.parametrize("preset", ["ignn", "eignn", "mignn"])
 @pytest.mark.parametrize("J", [1, 2, 5])
 def test_J_evaluations_see_J_hops(preset, J):
-    """From z_0 = 0, with any weights and either solver: the node J hops away, and no further."""
+    """From z_0 = 0, the class reaches the node J hops away and no other beyond it."""
     net, x = line(preset)
     for solver in (picard, anderson):
 
@@ -94,7 +94,7 @@ def test_J_evaluations_see_J_hops(preset, J):
 
 
 def student_of(preset):
-    """A student whose start says something, and the input."""
+    """A student whose start is not 0, as it is before training; and the input."""
     net, x = line(preset)
     student = Student(net, TimeMap(rho=0.1, K=9), anderson=False, start=True).eval()
     for p in student.start.parameters():
@@ -104,7 +104,7 @@ def student_of(preset):
 
 @pytest.mark.parametrize("J", [1, 3])
 def test_a_students_start_sees_five_hops_more(J):
-    """Four of its jumps, one of f, which is then at a state that is not 0."""
+    """Four by its jumps, and one by f, which is evaluated at a state that is not 0."""
     net, student, x = student_of("ignn")
 
     def answer(x):
@@ -160,7 +160,8 @@ def test_a_network_of_finite_depth_sees_its_layers(kind, layers):
 
 
 def test_a_node_without_features_has_no_state_of_its_own():
-    """The plain form: no bias anywhere, so a state far away keeps its direction however small."""
+    """There is no bias anywhere, so the state of a distant node keeps its direction, however small
+    it is, and the head looks at the direction alone."""
     net, x = line()
     assert not net.inject(torch.zeros_like(x)).any()
     z = torch.rand(1, 2 * L, 8)
@@ -172,8 +173,8 @@ def test_a_node_without_features_has_no_state_of_its_own():
 
 
 def test_the_equilibrium_and_the_far_start_tell_every_node(tmp_path):
-    """The shortest chains by their own settings; what stops after four evaluations tells half of
-    the nodes that it does not see."""
+    """The shortest chains with their own settings. After four evaluations, the solver is right on
+    the nodes that it has reached and on half of the others, by chance."""
     out = ["--task=chains-10", f"--out={tmp_path}/near", "--device=cpu"]
     train.main([*out, "--stage=teacher"])
     out += ["--preset=ignn-far", f"--out={tmp_path}/far", f"--teacher={tmp_path}/near/teacher.pt"]

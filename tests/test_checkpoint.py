@@ -1,4 +1,8 @@
-"""Files are whole or absent; errors are one line, whatever else goes wrong beside them."""
+"""Files that survive a crash, and errors in one line.
+
+A file is written whole or not at all; a damaged, foreign or incomplete one is named.
+A full disk and a closed pipe end a command without a traceback.
+"""
 
 import os
 import subprocess
@@ -22,7 +26,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
 
 
 def test_where_nothing_can_be_written_the_error_says_so(tmp_path):
-    """A folder that is a file, as a read-only one, fails at the clean-up, too."""
+    """The folder is a file, so that, as in a read-only folder, even the clean-up fails."""
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UsageError, match=r"cannot write .*what was saved before is untouched"),
@@ -31,14 +35,14 @@ def test_where_nothing_can_be_written_the_error_says_so(tmp_path):
         pass
 
 
-def test_a_sealed_file_that_lacks_something_is_named(tmp_path):
+def test_a_checkpoint_that_lacks_an_entry_is_named(tmp_path):
     save(tmp_path / "a.pt", "teacher", step=3, config={})
     with pytest.raises(UsageError, match=r"a\.pt lacks model; delete it"):
         load(tmp_path / "a.pt", "teacher")
 
 
 @pytest.mark.parametrize("junk, complaint", [("{", "is no JSON"), ("[1]", "holds a list")])
-def test_a_file_of_results_that_is_none_is_named(tmp_path, junk, complaint):
+def test_a_damaged_file_of_results_is_named(tmp_path, junk, complaint):
     (tmp_path / "digits.json").write_text(junk)
     with pytest.raises(UsageError, match=f"digits.json {complaint}"):
         tables.summary(tmp_path)

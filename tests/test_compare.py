@@ -1,4 +1,8 @@
-"""The tables: what counts as equal, what is merged, what stays empty."""
+"""Reports of one seed and of several.
+
+A method is as good as its teacher only if it stays so with more evaluations.
+Merged rows are means over seeds; what was not measured stays empty; costs are seconds and bytes.
+"""
 
 import dataclasses
 
@@ -31,8 +35,8 @@ def curves(monkeypatch, **values):
     return {name: name for name in values}
 
 
-def test_equal_is_as_good_from_there_on(run, monkeypatch):
-    """A metric that is good by chance and falls again does not count; K = 5, margin 0.5."""
+def test_a_method_is_equal_from_where_it_stays_as_good(run, monkeypatch):
+    """A metric that is good once and falls again does not count; here the margin is 0.5."""
     table = curves(
         monkeypatch,
         anderson=[10, 60, 89, 90.1, 90],
@@ -44,15 +48,15 @@ def test_equal_is_as_good_from_there_on(run, monkeypatch):
     assert measure.equals(run, table) == expected
 
 
-def test_equal_of_a_perplexity_is_a_share_above(run, monkeypatch):
+def test_the_margin_of_a_perplexity_is_relative(run, monkeypatch):
     run.task = dataclasses.replace(run.task, higher_is_better=False, margin=0.17)
     table = curves(monkeypatch, anderson=[9, 5, 4, 3.2, 3], slow=[9, 8, 7, 6, 3.5])
     assert measure.equals(run, table) == {"anderson": 4, "slow": 5}
 
 
 def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
-    """Means over the seeds that have a row; a method is equal only where every seed gets there;
-    what was not measured stays empty."""
+    """A row is the mean over the seeds that have it; a method is as good as the teacher only if it
+    is so with every seed; what was not measured stays empty."""
     reports = [measure.measure(run, NONE) for _ in range(2)]
     for report, nfe in zip(reports, (2, 4), strict=True):
         row = {"method": "cdeq", "nfe": [nfe], "value": 50.0 * nfe, "seconds_per_batch": nfe / 8}
@@ -68,21 +72,21 @@ def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
 
 
 def test_costs_are_seconds_and_bytes(run):
-    """Of the methods wanted, of the injection, and of nothing else."""
+    """The methods that were asked for are measured, and the injection, but nothing else."""
     table = methods(run, NONE)
     spent = cost(run, NONE, table, {("picard", 2), ("cdeq", 1)}, batch=4)
     assert spent.keys() == {("picard", 2), ("cdeq", 1), ("injection", None)}
     assert all(seconds > 0 and (peak is None or peak > 2**20) for seconds, peak in spent.values())
 
 
-def test_the_relative_residual_of_zero_is_no_number():
+def test_the_relative_residual_at_zero_is_printed_as_infinite():
     assert tables.number({"residual": 2.6e13}, "residual") == "∞"
     assert tables.number({"residual": 0.5}, "residual") == "0.5000"
 
 
 @torch.no_grad()
-def test_a_jump_then_the_solver(run):
-    """NFE 1 is the student's first answer; from there the teacher's solver."""
+def test_the_students_answer_is_continued_by_the_solver(run):
+    """NFE 1 is the student's first answer; all further evaluations are the solver's, from there."""
     both, alone = (methods(run, NONE)[name] for name in ("cdeq+anderson", "cdeq"))
     x, _ = run.task.test.batch(torch.arange(4))
     u = both.inject(x)
@@ -103,6 +107,6 @@ def test_parts_of_the_results_have_their_students():
         compare.main(["--part", "table"])
 
 
-def test_a_seed_counts_once():
+def test_a_seed_given_twice_is_refused():
     with pytest.raises(UsageError, match="--seeds 0 0: each once"):
         compare.main(["--task", "digits", "--seeds", "0", "0"])

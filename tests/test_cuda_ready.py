@@ -1,8 +1,8 @@
 """CUDA correctness without CUDA: waits of the host counted, devices and dtypes checked.
 
-Where the host asks a GPU for a number, it waits until all work before is done, and the GPU is idle
-until new work arrives. The same questions can be counted on a CPU. Fake tensors, which have a
-device but no numbers, show in addition what is copied between devices and what mixes them.
+If the host asks a GPU for a number, it waits until all earlier work is done, and the GPU is then
+idle until new work arrives. Such questions can be counted on a CPU, too. Fake tensors, which have a
+device but no numbers, also show what is copied between devices and what mixes them.
 """
 
 import collections
@@ -38,8 +38,8 @@ OF_TENSORS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy", torch.
 
 
 class Operations(TorchDispatchMode):
-    """Counts what makes the host wait, below autograd: in backward passes, too. Fake numbers are
-    answered with a large one: no step of a solve is bad."""
+    """Counts what makes the host wait. It works below autograd, so it sees backward passes, too. A
+    fake number is answered with a large one, which means that no step of a solve is bad."""
 
     def __init__(self, found: collections.Counter):
         super().__init__()
@@ -243,8 +243,8 @@ def test_a_student_never_waits(make, aa):
 @pytest.mark.parametrize("make", [image, text])
 @pytest.mark.parametrize("name", ["teacher", "own-run", "paper"])
 def test_an_update_never_waits(make, name):
-    """Forward and backward, the clipped gradient, the running average; of texts whose words are all
-    in the first cluster."""
+    """Forward and backward pass, clipping and running average; the words of the text are all in the
+    first cluster."""
     loss, batch = training(*networks(make))[name]
     with counted() as found:
         sum(loss(batch).values()).backward()
@@ -255,7 +255,7 @@ def test_an_update_never_waits(make, name):
 
 @pytest.mark.parametrize("name, waits", [("teacher", 2), ("own-run", 2), ("paper", 4)])
 def test_a_text_with_rare_words_waits_once_for_each_embedding_and_each_likelihood(name, waits):
-    """Inherent: how many words are in each cluster decides the sizes of what is computed of it."""
+    """This cannot be avoided: the number of words in each cluster decides the sizes of tensors."""
     loss, batch = training(*networks(lambda: text((10, 20))))[name]
     with counted() as found:
         sum(loss(batch).values()).backward()
@@ -266,8 +266,8 @@ def test_a_text_with_rare_words_waits_once_for_each_embedding_and_each_likelihoo
 @pytest.mark.parametrize("aa", [False, True])
 @pytest.mark.parametrize("make", [image, text])
 def test_losses_stay_on_the_gpu_in_fp32(make, aa, half):
-    """No mixture of devices or dtypes, nothing copied that is waited for, under autocast as it is
-    on a GPU, where other operations are fp32 than on a CPU."""
+    """Devices and dtypes do not mix, and no copy is waited for. Autocast is that of a GPU, which
+    keeps other operations in fp32 than that of a CPU."""
     modules = networks(make, aa)
     with FakeTensorMode():
         on_gpu(*modules)
@@ -285,8 +285,8 @@ def test_losses_stay_on_the_gpu_in_fp32(make, aa, half):
 
 
 def test_autocast_is_for_f_alone():
-    """A solve of an f that autocast does not change is the same within it, bit by bit: Anderson's
-    window and weights are fp32."""
+    """Anderson's window and weights stay fp32: if autocast does not change f, it does not change a
+    bit of the solve."""
     torch.manual_seed(0)
     A, b = torch.randn(5, 5) / 5, torch.randn(3, 5)
     f = lambda z: (z[:, None] * A).sum(-1) + b  # noqa: E731
@@ -311,7 +311,7 @@ def test_losses_and_times_are_fp32_under_autocast(make):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_trajectory_under_autocast_has_the_dtype_of_its_injection(ends):
-    """As it is stored."""
+    """This is how it is stored."""
     net = image().eval()
     with torch.autocast("cpu", torch.bfloat16):
         states = trajectories.sample(net, example(net)[0], 3, ends)

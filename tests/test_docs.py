@@ -1,4 +1,8 @@
-"""What the documentation promises is there."""
+"""The pages and the code agree.
+
+Equations and algorithms are cited; the table from paper to code names what exists; imports go down.
+Files, functions and pages stay short; every table is the one that its JSON file gives.
+"""
 
 import ast
 import dataclasses

@@ -1,4 +1,8 @@
-"""Graph tasks: files that run no code, checks that name what is wrong."""
+"""Graph tasks and their files.
+
+Nothing in a file is executed; whatever is wrong with a graph is named in one line.
+Every kind of network trains, on one process and on two, and is refused on other data.
+"""
 
 import collections
 import os
@@ -72,7 +76,7 @@ def test_a_bad_graph_is_named(data, complaint, tmp_path):
 
 
 def test_the_embedded_graph_is_the_same_with_any_number_of_threads():
-    """Many pictures are equally near: the choice among them must not depend on the machine."""
+    """Many pictures are equally near, and the choice among them must not depend on the machine."""
     code = "from tasks.graphs import digits_graph; print(digits_graph(None).fingerprint())"
     one = command("-c", code).stdout.strip()  # a process of one thread
     for threads in (2, 3):
@@ -87,7 +91,8 @@ def test_a_teacher_that_diverges_is_one_line(tmp_path):
 
 
 def test_a_graph_that_was_replaced_is_refused(tmp_path):
-    """Between teacher and student, and in infer.py: one edge more, a label changed."""
+    """The edges or the labels change after the teacher was trained: the student's training refuses
+    them, and so does infer.py."""
     path, out = tmp_path / "g.pt", tmp_path / "run"
     flags = [*TINY, "--task=graph", f"--data={path}", f"--out={out}"]
     torch.save(good_graph(), path)
@@ -153,8 +158,8 @@ def test_a_download_without_a_network_says_which_files_go_where(tmp_path, monkey
 
 
 def planetoid_files(raw: Path, hostile: str = "", N: int = 520) -> None:
-    """A ring of N nodes in Planetoid's layout, the last ten to test; `hostile` names a file that
-    makes a folder where it is unpickled."""
+    """Writes a ring of N nodes in Planetoid's layout; the last ten are the test split. `hostile`
+    names a file that makes a folder if it is unpickled without care."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
@@ -193,7 +198,7 @@ def test_nothing_in_a_planetoid_file_is_executed(part, tmp_path):
 
 
 def test_ogb_files_load_without_running_code(tmp_path):
-    """OGB's raw layout on a small graph, twice: parsed, then from the cache of ogb 1.3.6."""
+    """A small graph in OGB's raw layout, opened twice: first parsed, then read from ogb's cache."""
     import gzip
 
     folder, data = tmp_path / "ogbn_arxiv", good_graph()

@@ -1,6 +1,6 @@
 """Implicit graph networks against dense linear algebra.
 
-The adjacency and its gradient are the dense ones; equilibria solve their systems.
+The sparse product and its gradient equal the dense ones; equilibria solve their linear systems.
 IGNN contracts at rate kappa; relabelling the nodes permutes the answer.
 """
 
@@ -71,7 +71,7 @@ def test_projection_is_the_nearest_point_of_the_ball(radius):
 
 
 def test_the_linear_equilibrium_solves_the_linear_system():
-    """EIGNN: (I - W . A) vec(Z) = vec(u), dense, to 1e-8."""
+    """EIGNN: (I - W . A) vec(Z) = vec(u), compared with a dense solve, to 1e-8."""
     net, u = network("eignn")
     A, W = dense(net.cell.graph), net.cell.W.detach().contiguous()
     system = torch.eye(N * D, dtype=torch.float64) - torch.kron(A, W)
@@ -82,7 +82,7 @@ def test_the_linear_equilibrium_solves_the_linear_system():
 
 @pytest.mark.parametrize("kind", ["ignn", "mignn"])
 def test_the_nonlinear_equilibrium_solves_its_dense_system(kind):
-    """On the nodes and channels that ReLU leaves on, (I - P (W . A)) z = P u, dense, to 1e-8."""
+    """Where ReLU is active, (I - P (W . A)) z = P u: compared with a dense solve, to 1e-8."""
     net, u = network(kind)
     A, W = dense(net.cell.graph), net.cell.W.detach().contiguous()
     z = anderson(lambda z: net.f(z, u), net.initial(u), 200, last=True)
@@ -124,7 +124,7 @@ def test_relabelling_the_nodes_permutes_the_answer(kind):
 
 
 @pytest.mark.parametrize("kind", CELLS)
-def test_the_evaluation_at_zero_that_skips_its_products_is_the_whole_one(kind):
+def test_skipping_the_products_at_zero_changes_nothing(kind):
     net, u = network(kind)
     z = torch.zeros_like(u)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_evaluation_at_zero_that_skips_its_products_is_the_whole_one(kind):
 
 @pytest.mark.parametrize("kind", ["ignn", "eignn", "mignn"])
 def test_many_phantom_steps_are_implicit_differentiation(kind):
-    """The teacher's gradient with an unrolled tail against the implicit function theorem."""
+    """The gradient through many unrolled steps, against that of the implicit function theorem."""
     net, u = network(kind)
     x = torch.randn(1, N, P, dtype=torch.float64)
     y = torch.randint(2, (1, N))

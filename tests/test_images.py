@@ -1,7 +1,7 @@
-"""Image tasks: pictures from files, published teachers taken over.
+"""Image tasks: pictures from files, and published teachers.
 
-Held-out pictures are never trained on; a view depends on its seed alone.
-A picture is the same whatever its file format; damaged ones are refused or skipped.
+Held-out pictures are never trained on; a random view depends on its seed alone.
+A picture is read the same from any file format; damaged ones are refused or skipped.
 """
 
 import functools
@@ -54,7 +54,7 @@ def test_two_processes_train_on_photographs(tree, tmp_path):
     assert (tmp_path / "report.json").exists()
 
 
-def test_accumulated_parts_are_the_whole_batch(tmp_path):
+def test_accumulated_micro_batches_are_the_whole_batch(tmp_path):
     """Without batch statistics, two halves of a batch give the update of the batch."""
     weights = []
     for parts in (1, 2):
@@ -67,7 +67,8 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path):
 
 
 def test_a_published_teacher_is_taken_over(tmp_path, tree, monkeypatch):
-    """--teacher FILE distils a state dict of the reference, inside a larger checkpoint or not."""
+    """--teacher FILE takes a state dict of the reference code, alone or within a checkpoint; and a
+    teacher.pt of another run."""
     monkeypatch.setitem(PRESETS, "imagenette", SMALL)
     file, out = tmp_path / "published.pkl", tmp_path / "run"
     torch.save({"epoch": 3, "state_dict": reference_state()}, file)
@@ -170,8 +171,8 @@ def test_the_fingerprint_of_pictures_is_of_their_names(tree, tmp_path):
     assert images.imagenette(tmp_path, image_size=32).fingerprint() != before
 
 
-def test_a_picture_is_the_same_however_its_file_tells_it(tmp_path):
-    """8 and 16 bits, floats, turned by its EXIF tag; what is transparent is white."""
+def test_a_picture_is_read_the_same_from_any_format(tmp_path):
+    """8 and 16 bits, floats, an EXIF tag that turns the picture; transparent pixels are white."""
     light = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     plain = Image.fromarray((light * 255).astype(np.uint8))
     plain.save(tmp_path / "plain.png")
@@ -201,7 +202,7 @@ def test_a_split_without_a_readable_picture_is_named_before_training(tree, tmp_p
         (lambda root: (root / "val" / "n01").mkdir(parents=True), r"Found no valid file"),
     ],
 )
-def test_folders_that_are_not_as_they_should_be(spoil, complaint, tmp_path, tree):
+def test_missing_and_empty_folders_are_named(spoil, complaint, tmp_path, tree):
     (tmp_path / "train").symlink_to(tree / "train")
     spoil(tmp_path)
     with pytest.raises(UsageError, match=complaint):
@@ -223,7 +224,7 @@ def test_sides_that_cannot_be_halved_are_refused(tree):
         task.network({"preset": config.preset})
 
 
-def test_top_five_counts_the_five_likeliest():
+def test_top_five_accuracy_counts_the_five_likeliest_classes():
     logits = torch.arange(10.0).repeat(3, 1)
     y = torch.tensor([9, 5, 4])
     assert images.accuracy(logits, y).tolist() == [100, 0, 0]
@@ -240,7 +241,7 @@ def test_answers_on_a_users_picture(tree, tmp_path, capsys):
 
 
 def test_no_digit_is_tested_that_was_trained():
-    """Equal pictures: at most one in twenty."""
+    """At most one held-out picture in twenty equals a trained one."""
     (train, _), *rest = images.scans()
     for x, _ in rest:
         equal = (x.flatten(1)[:, None] == train.flatten(1)[None]).all(2).any(1)

@@ -46,7 +46,7 @@ def test_inference_is_the_consistency_map_along_its_own_states(net, student, bat
 
 
 def test_anytime_stops_each_sample_alone(net, student, batch):
-    """A sample's answer and cost do not depend on the batch it came in."""
+    """A sample's answer and cost do not depend on the other samples of its batch."""
     u, _ = batch
     z0 = net.initial(u)
     z, nfe = infer.anytime(student, z0, u, 0.3, 12, 0.8)
@@ -126,13 +126,13 @@ def test_bad_input_says_what_was_wrong(arguments, complaint, tiny_run):
         infer.main(["--run", str(tiny_run), *arguments])
 
 
-def test_the_command_ends_with_one_line_and_two(tmp_path):
+def test_an_error_is_one_line_and_exit_code_two(tmp_path):
     done = command("infer.py", "--run", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith(f"infer.py: cannot read {tmp_path}")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_unfinished_teacher_answers_nothing(tiny_run, tmp_path):
+def test_an_unfinished_teacher_is_refused(tiny_run, tmp_path):
     from checkpoint import load, save
 
     saved = load(tiny_run / "teacher.pt", "teacher")

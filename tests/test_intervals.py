@@ -1,4 +1,8 @@
-"""Intervals: as wide as they should be, paired, and honest about what belongs together."""
+"""The intervals of differences.
+
+They are as wide as theory says; pairing cancels what both methods share.
+Views of one picture count as one piece of evidence; seeds that disagree widen the interval.
+"""
 
 import math
 
@@ -31,7 +35,7 @@ def test_a_method_does_not_differ_from_itself():
 
 
 def test_the_interval_of_a_mean_is_the_textbooks():
-    """Of a difference d_i of n items: mean +- 1.96 sd / sqrt(n)."""
+    """For n differences of items: mean +- 1.96 sd / sqrt(n)."""
     a, b = coin(2000, 0.8), coin(2000, 0.7, seed=1)
     found = difference({0: items(a)}, {0: items(b)}, perplexity=False)
     assert found[0] == pytest.approx((a - b).mean().item())
@@ -39,7 +43,8 @@ def test_the_interval_of_a_mean_is_the_textbooks():
 
 
 def test_what_both_methods_share_cancels():
-    """Pairing: where b fails with a but for ten items, the interval is narrower than a's own."""
+    """b fails wherever a does, and on ten items more: the interval of the difference is narrower
+    than that of a alone."""
     a = coin(1000, 0.7)
     b = a.clone()
     b[:10] = 0
@@ -68,7 +73,7 @@ def test_a_perplexity_is_exp_of_the_mean_over_labels():
 
 
 def test_seeds_widen_the_interval():
-    """Two seeds that disagree by ten points: the interval reaches either."""
+    """Two seeds that disagree by ten points: the interval contains both."""
     a = {seed: items(np.full(1000, 80.0 + 10 * seed)) for seed in (0, 1)}
     b = {seed: items(np.full(1000, 80.0)) for seed in (0, 1, 2)}
     assert difference(a, b, perplexity=False) == pytest.approx((5, 0, 10))

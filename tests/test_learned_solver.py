@@ -1,4 +1,8 @@
-"""Learned solvers: they start as Picard, count as others do, and learn to arrive sooner."""
+"""The learned solvers, HyperDEQ and IGNN-Solver.
+
+Before training they are Picard's iteration; K steps are K evaluations; problems do not mix.
+A start costs at most a quarter of f; training brings start and path nearer to the equilibrium.
+"""
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from models.transformer import DEQTransformer
 
 
 def problem(kind: str, net):
-    """A network with its u."""
+    """A network of this kind and an injection u for it."""
     torch.manual_seed(0)
     if kind == "image":
         return net, net.inject(torch.randn(3, 1, 8, 8)).detach()
@@ -27,7 +31,7 @@ def problem(kind: str, net):
 @pytest.mark.parametrize("kind", ["image", "text", "graph"])
 @torch.no_grad()
 def test_a_fresh_solver_is_picard_from_its_own_start(kind, net):
-    """a = (0, .., 0, 1) and beta = 1; K steps are K evaluations."""
+    """Its weights are a = (0, .., 0, 1) and beta = 1."""
     net, u = problem(kind, net)
     solver = LearnedSolver(net, m=3)
     f = Counter(lambda z: net.f(z, u))
@@ -77,8 +81,9 @@ TEXTS = [name for name in transformer.PRESETS if not name.endswith("-far")]  # t
     "preset", ["digits", "imagenette", "fashion-mnist", *TEXTS, "graph 32", "graph 64"]
 )
 def test_a_start_is_at_most_a_quarter_of_f(preset):
-    """In FLOPs, on a graph half; no NFE counts it. f at a state that is not 0, where nothing can be
-    skipped. The counter takes a graph's sparse products for dense ones."""
+    """In FLOPs; on a graph, at most half. NFE does not count the start, hence this bound. f is
+    evaluated at a state that is not 0, where it can skip nothing. The counter takes the sparse
+    products of a graph for dense ones."""
     share = 1 / 4
     if preset in mdeq.PRESETS:
         net = mdeq.MDEQ(**mdeq.PRESETS[preset]).eval()

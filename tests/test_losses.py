@@ -30,7 +30,7 @@ from .conftest import TanhNet
 
 
 def test_distance_is_relative_per_sample_and_branch(net, batch):
-    """A tenth of each state costs 0.01 in every branch, whatever the states' scales."""
+    """An error of a tenth of the state costs 0.01 in every branch, whatever its scale."""
     _, z = batch
     assert torch.allclose(distance(1.1 * z[6], z[6], net.cell), torch.full((4,), 0.01), atol=1e-5)
     scaled = net.cell.join([v * c for v, c in zip(net.features(z[6]), (1e3, 1e-3), strict=True)])
@@ -116,7 +116,8 @@ def test_the_divergence_is_zero_for_the_same_prediction_alone():
 
 
 def test_a_start_has_a_loss_of_its_own(net, richer, batch):
-    """d(start(u), z_K): 1 for a fresh one, which is 0, and a gradient that f has no part in."""
+    """d(start(u), z_K) is 1 before training, when the start is 0; its gradient does not go through
+    f."""
     _, z = batch
     terms = OwnRun(net, richer)(
         OwnRunBatch(torch.randn(4, 1, 8, 8), z[6], richer.times.schedule(1, 0.8))
@@ -155,7 +156,7 @@ def test_jacobian_term_estimates_the_squared_norm():
 
 
 def test_the_task_loss_weighs_one_on_average():
-    """App. B.4: early steps only, whatever K."""
+    """App. B.4: it applies to early steps only, for any K."""
     for K in (5, 20):
         k = torch.arange(1, K + 1)
         weights = losses.early(K, k)

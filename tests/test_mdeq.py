@@ -1,7 +1,7 @@
 """The multiscale DEQ against the published network.
 
-Published weights give the published logits and the published sizes.
-Weight normalisation is computed once a solve, dropout masks stay for one.
+Published weights give the logits of the published network; presets have its sizes.
+Weight normalisation is computed once per solve; a dropout mask lasts for one solve.
 """
 
 import pytest
@@ -78,7 +78,7 @@ def reference_state() -> dict:
 
 
 def reference_logits(state: dict, x: torch.Tensor, layers: int) -> torch.Tensor:
-    """The published network, written from its own names alone: `layers` steps of f from zero."""
+    """The published network, written with its own names alone: `layers` steps of f from 0."""
 
     def conv(name, v, stride=1):
         if f"{name}.weight_g" in state:
@@ -174,7 +174,7 @@ def test_presets_have_the_published_sizes(preset, parameters, of_f, state, gigaf
     assert found["flops"] / 1e9 == pytest.approx(gigaflops, abs=gigaflops / 200 + 0.005)
 
 
-def test_weight_norm_is_computed_once_a_solve():
+def test_weight_norm_is_computed_once_per_solve():
     """The parametrization is cached over the evaluations of a solver."""
     net, calls = MDEQ(**SMALL).eval(), []
     norm = net.cell.blocks[0].conv1.parametrizations.weight[0]
@@ -184,7 +184,7 @@ def test_weight_norm_is_computed_once_a_solve():
     assert len(calls) == 1
 
 
-def test_dropout_masks_stay_for_a_solve_and_change_with_the_next():
+def test_a_dropout_mask_lasts_for_one_solve():
     net = MDEQ(**SMALL | dict(dropout=0.5)).train()
     u = net.inject(torch.randn(2, 3, 32, 32)).detach()
     z = torch.randn(2, sum(net.cell.sizes))
@@ -196,7 +196,8 @@ def test_dropout_masks_stay_for_a_solve_and_change_with_the_next():
 
 
 def test_a_network_without_a_solver_differentiates_every_layer():
-    """The unrolled loss is that of `layers` Picard steps, and its gradient autograd's."""
+    """The loss without evaluations before the layers, and its gradient, are those of an ordinary
+    network of `layers` layers."""
     net, x, y = MDEQ(**SMALL).eval(), torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     TeacherLoss(net)(TeacherBatch(x, y, steps=0, layers=3))["task"].backward()
     found = net.cell.blocks[1].conv2.parametrizations.weight.original1.grad.clone()

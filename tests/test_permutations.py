@@ -1,4 +1,8 @@
-"""The permutations: what the task is, the wall of J evaluations, and a start that sees past it."""
+"""The permutations: a text that needs as many evaluations as words since the last reset.
+
+Labels are products of permutations. J evaluations see J words back, with any weights.
+A far start sees every word before.
+"""
 
 import importlib
 
@@ -34,7 +38,7 @@ def changed(answer, x, place: int) -> list[int]:
 
 
 def test_states_are_products_of_permutations():
-    """Computed once more, from the definition: each move is applied to three things in a row."""
+    """Computed once more from the definition, by moving three things about."""
     words, states, depths = permutations.text(20, seed=3)
     for line, numbers, ages in zip(words.tolist(), states.tolist(), depths.tolist(), strict=True):
         things, age = "012", 0
@@ -60,7 +64,7 @@ def test_no_sequence_of_another_split_was_trained(task):
 
 @pytest.mark.parametrize("J", [1, 3])
 def test_J_evaluations_see_J_words_back(task, J):
-    """However f was trained: here its weights are random."""
+    """Shown here with random weights; the proof holds for any."""
     net, (x, _) = network(task), task.test.batch(torch.arange(1))
 
     def answer(x):
@@ -86,7 +90,7 @@ def test_presets_differ_in_the_start_alone():
 
 
 def test_accuracy_by_depth_of_a_run(tmp_path, monkeypatch):
-    """Of every method that has been trained, the far start's student among them."""
+    """Every method has a row, and so has the student with the far start."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(permutations, "SAMPLES", (64, 16, 32))
     monkeypatch.setattr(

@@ -43,7 +43,7 @@ MADE = {
 
 
 def tiny_flags(task: str) -> list[str]:
-    """A whole run of a task in seconds."""
+    """Flags that make a whole run of a task take seconds."""
     if task in graphs.TASKS:
         flags = test_graphs.TINY
     elif task in text.TASKS:
@@ -56,7 +56,7 @@ def tiny_flags(task: str) -> list[str]:
 
 
 def small_world(folder: Path) -> None:
-    """The files that the commands name, and what they would download."""
+    """Makes the files that the commands name, and those that they would download."""
     generator = torch.Generator().manual_seed(0)
     for place, classes in (("data/imagenette-64", 10), ("DIR", test_mdeq.CLASSES)):
         for part, label in itertools.product(("train", "val"), range(classes)):
@@ -84,7 +84,7 @@ def small_world(folder: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    """A folder of these files to work in; small networks under the presets' names."""
+    """A working folder with these files, and small networks under the names of presets."""
     folder = tmp_path_factory.mktemp("readme")
     small_world(folder)
 
@@ -100,12 +100,12 @@ def world(tmp_path_factory):
 
 
 def in_this_process(module: str, *flags: str) -> None:
-    """compare.train without another process."""
+    """compare.train, but without another process."""
     importlib.import_module(module).main([*flags])
 
 
 def small_tasks(patch) -> None:
-    """Stand-ins under the tasks' names."""
+    """Puts small tasks under the names of real ones."""
     content, sizes = test_graphs.good_graph(), dict(width=16, hidden=16)
     images, few = config.TASKS["digits"](None), slice(40)
     images = dataclasses.replace(images, test=Split(images.test.x[few], images.test.y[few]))
@@ -124,7 +124,7 @@ def small_tasks(patch) -> None:
 
 
 def small_networks(patch) -> None:
-    """Stand-ins under the presets' names, none with torchvision's weights."""
+    """Puts small networks under the names of presets; none has torchvision's weights."""
     for name in ("imagenet-small", "imagenette"):
         patch.setitem(mdeq.PRESETS, name, test_mdeq.SMALL)
     vision = tasks.images.vision
@@ -140,7 +140,7 @@ def small_networks(patch) -> None:
 
 
 def short_measurements(patch) -> None:
-    """Two students of each kind, one round of times, small inputs."""
+    """Shortens the studies: two settings or students of each, one round of timing, small inputs."""
     patch.setattr(contraction, "KAPPA", contraction.KAPPA[:2])
     for name in ("grid", "ablation"):
         few = itertools.islice(compare.STUDENTS[name].items(), 2)

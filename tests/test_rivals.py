@@ -1,7 +1,7 @@
 """The rivals: direct networks, learned solvers, networks of finite depth.
 
-A direct network is f cut off after J evaluations, with all updates that teacher and student have.
-Learned solvers are counted as all others; foreign weights are named in the table.
+A direct network is f cut off after J evaluations, with as many updates as teacher and student have.
+A learned solver's evaluations are counted; rows of weights from elsewhere say so.
 """
 
 import shutil
@@ -30,8 +30,8 @@ from .test_text import TINY as TEXT
 
 
 def test_a_direct_network_is_cut_off_and_trained_from_z0(tiny_run, tmp_path, monkeypatch):
-    """direct-J: J layers in every update, as many updates as teacher and student together;
-    one that was begun is finished, one of other updates is refused; its row counts J."""
+    """Every update has J layers, and there are as many as of teacher and student together. A second
+    start trains nothing; another number of updates is refused; the table has its row at NFE J."""
     folder, seen, forward = tmp_path / "run", [], TeacherLoss.forward
 
     def watched(self, batch):
@@ -64,7 +64,8 @@ def test_a_direct_network_is_cut_off_and_trained_from_z0(tiny_run, tmp_path, mon
 
 
 def test_a_learned_solver_has_its_rows(tmp_path):
-    """Trained, and started again; its evaluations are counted as all others."""
+    """It is trained once, though started twice; its evaluations are counted like all others; one of
+    another teacher, or of another number of updates, is refused."""
     flags = [*TINY, f"--out={tmp_path}", "--student_steps=3"]
     train.main([*flags, "--stage=teacher"])
     for _ in range(2):
@@ -108,8 +109,8 @@ def test_hrnet_without_timm_says_what_to_install(name, tree, monkeypatch):
         images.imagenette(tree).explicit("hrnet_w18-pretrained", {})
 
 
-def test_rows_of_foreign_weights_say_so(tree, tmp_path, monkeypatch):
-    """NAME-pretrained stores torchvision's weights untrained, and the table names them."""
+def test_rows_of_downloaded_weights_say_so(tree, tmp_path, monkeypatch):
+    """NAME-pretrained takes torchvision's weights as they are, and the table says so."""
     net = images.vision("alexnet", {}, 2)
     monkeypatch.setattr(images, "vision", lambda name, settings, classes: net)
     flags = ["--task=imagenette", f"--data={tree}", f"--out={tmp_path}", "--store=memory"]
@@ -138,6 +139,6 @@ def test_gcn_propagates_as_kipf_and_welling_write_it():
     assert torch.allclose(net(x)[0], A @ h @ last.lin.weight.T + last.bias)
 
 
-def test_weights_of_pictures_are_not_for_texts(tmp_path):
+def test_texts_have_no_pretrained_networks(tmp_path):
     with pytest.raises(UsageError, match="explicit-tcn-pretrained: allowed is explicit-transfor"):
         rivals.main(["explicit-tcn-pretrained", *TEXT, f"--out={tmp_path}"])

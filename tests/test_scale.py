@@ -1,4 +1,7 @@
-"""The estimates of docs/scale.md: each formula against the code that it is about, at small size."""
+"""The estimates of docs/scale.md.
+
+Each formula is compared with the code that it describes, at small size.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -83,8 +86,8 @@ def test_a_teachers_depth_is_the_mean_of_its_updates(preset):
 
 @pytest.mark.parametrize("preset", scale.TASKS)
 def test_a_students_own_run_is_the_mean_of_what_is_drawn(preset):
-    """Of positions: all of a picture's; of a text's, those that are no memory, and the memory's own
-    run without gradient."""
+    """The work is counted in positions: all of a picture; of a text, those after the memory, with
+    gradient, and in some updates the memory's own run, without."""
     w = scale.task(preset)
     job = SimpleNamespace(task=SimpleNamespace(train=range(9), decays=(0.5, 0.8)), config=Config())
     student, random = SimpleNamespace(times=TimeMap(0.19, 20)), torch.Generator().manual_seed(0)
@@ -99,7 +102,8 @@ def test_a_students_own_run_is_the_mean_of_what_is_drawn(preset):
 
 
 def test_an_evaluation_with_gradient_costs_three():
-    """Forward once, backward twice; less what the first layer's input needs."""
+    """One evaluation forward and the cost of two backward, which the first layer does not need in
+    full."""
     net = mdeq.MDEQ(**mdeq.PRESETS["digits"])
     x, y = torch.randn(4, 1, 8, 8), torch.zeros(4).long()
     flops = {}

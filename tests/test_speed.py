@@ -1,4 +1,7 @@
-"""The measurements of speed and memory, on a CPU with tiny sizes."""
+"""The measurements of speed and memory, on a CPU with tiny sizes.
+
+Every part is measured; what is there is not measured again; lack of memory is reported.
+"""
 
 import json
 
@@ -76,7 +79,7 @@ def test_only_one_part_is_measured_and_others_stay(tmp_path, capsys):
         speed.main(["--dry", "--only", "pictures", "--results", str(tmp_path)])
 
 
-def test_memory_that_is_short_is_told(capsys):
+def test_lack_of_memory_is_reported(capsys):
     def job(where):
         raise torch.OutOfMemoryError("out of memory\nand more")
 

@@ -92,7 +92,7 @@ def test_a_fresh_student_is_the_same_with_every_option(net, student, richer):
 
 
 def test_a_start_stands_in_for_z_0_alone(richer, batch):
-    """At t_0 nothing is seen of the state; elsewhere nothing of the start."""
+    """At t_0 the state does not matter; at all other times the start does not."""
     u, z = batch
     t = richer.times.t(torch.tensor([0, 3, 0, 5]))
     fresh = richer.history(z[2], t, u)

@@ -1,7 +1,7 @@
-"""Text tasks: words that count once, folders, prompts.
+"""Text tasks: folders of words, perplexity, prompts.
 
-Streams hold every word once and in order; perplexity is the same for any batch.
-The embedded text does not test what it trains.
+Streams hold every word once and in order; the perplexity is the same for any batch size.
+The test split of the embedded text does not repeat its train split; bad files are named.
 """
 
 import math
@@ -20,9 +20,7 @@ from evidence.evaluate import evaluate
 from tasks import Split, text
 
 from .conftest import command
-from .test_transformer import (
-    words,
-)
+from .test_transformer import words
 
 TINY = ["--task=docstrings", "--teacher_steps=6", "--growing=0.5", "--student_steps=6"]
 TINY += ["--batch=8", "--K=4", "--before=3", "--segment=16", "--memory=16"]
@@ -38,7 +36,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def test_words_keep_their_case_and_lines_their_ends(tmp_path):
+def test_words_keep_their_case_and_lines_end_in_eos(tmp_path):
     known, ids = text.read_folder(make(tmp_path, "The the the\n\n the A A\n", "the B\n", "A A\n"))
     assert known == ["<eos>", "the", "A", "The", "<unk>"]
     assert ids[0].tolist() == [3, 1, 1, 0, 0, 1, 2, 2, 0] and ids[1].tolist() == [1, 4, 0]
@@ -117,7 +115,7 @@ def test_perplexity_is_the_same_for_any_batch_and_counts_every_word(run_folder):
     assert rows[0][1]["value"] == pytest.approx(math.exp(nll / (y >= 0).sum().item()), rel=1e-4)
 
 
-def test_own_memory_and_the_teachers_differ(run_folder):
+def test_a_methods_own_memory_is_not_the_teachers(run_folder):
     run = infer.open_run(run_folder, device="cpu")
     methods = {"cdeq": infer.counted(run.teacher, *run.students[""])}
     part = Split(run.task.test.x[:4, :64], run.task.test.y[:4, :64])
@@ -171,7 +169,7 @@ def test_bad_text_is_one_clear_line(tmp_path, contents, says):
         (["--prompt", "The", "--temperature", "0"], "--temperature 0.0: allowed is >= 0.001"),
     ],
 )
-def test_a_text_is_asked_by_a_prompt(run_folder, flags, says):
+def test_a_text_takes_a_prompt_and_no_files(run_folder, flags, says):
     with pytest.raises(UsageError, match=re.escape(says)):
         infer.main(["--run", str(run_folder), *flags])
 
@@ -187,7 +185,7 @@ def test_words_outside_the_vocabulary_are_counted(capsys):
 
 
 def test_an_untied_teacher_is_refused(run_folder, tmp_path):
-    """Embedding and softmax share their words; a file in which they differ is another network's."""
+    """Embedding and softmax share their weights; a file in which they differ is refused."""
     state = load(run_folder / "teacher.pt", "teacher")["model"]
     state["softmax.words.0.weight"] = state["softmax.words.0.weight"] + 1
     torch.save(state, tmp_path / "untied.pt")
@@ -205,7 +203,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--dtype=bf16"], ["--recipe=paper"]])
-def test_a_text_trains_by_every_recipes_flags(tmp_path, flags):
+def test_a_text_trains_in_bf16_and_by_the_papers_recipe(tmp_path, flags):
     for stage in ("teacher", "student"):
         train.main([*TINY, *flags, "--out", str(tmp_path), "--stage", stage])
     run = infer.open_run(tmp_path, device="cpu")

@@ -1,4 +1,4 @@
-"""docs/tour.ipynb: a notebook that a viewer accepts, and whose outputs are those of its code."""
+"""docs/tour.ipynb is a valid notebook, and its stored outputs are those of its code."""
 
 import json
 import re
@@ -33,8 +33,8 @@ def test_the_tour_is_a_notebook():
     assert TOUR.stat().st_size < 400_000
 
 
-def test_the_tour_prints_what_it_holds():
-    """Run anew, all is the same but the last digit of a number, which may be rounded otherwise."""
+def test_the_stored_outputs_are_those_of_the_code():
+    """Run anew, only the last digit of a number may differ."""
     for cell, (text, figures) in zip(code(STORED), run(STORED), strict=True):
         kept = printed(cell)
         assert NUMBER.sub("#", text) == NUMBER.sub("#", kept), f"{text}: python -m docs.run_tour"

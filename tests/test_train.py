@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_it_promises(tiny_run):
 
 
 def test_a_torn_line_of_the_log_is_ended(tmp_path):
-    """As a full disk leaves one; an empty log and a whole line stay as they are."""
+    """A full disk may leave half a line; whole lines stay as they are."""
     job = SimpleNamespace(rank=0, folder=tmp_path)
     runs.log(job, a=1)
     runs.log(job, a=2)
@@ -77,7 +77,7 @@ def test_stages_in_one_process_are_those_one_by_one(tiny_run, tmp_path):
 
 
 def test_a_stopped_run_continues_bitwise(tiny_run, tmp_path, monkeypatch):
-    """3 + 3 steps equal 6, for the teacher and the student with its EMA and optimizer."""
+    """Three updates and three more equal six, for the teacher and for the student with its EMA."""
     step = torch.optim.AdamW.step
     for stop in (3, 4):  # the teacher's fourth update, then the student's fifth
 
@@ -99,7 +99,7 @@ def test_a_stopped_run_continues_bitwise(tiny_run, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills are delivered to forks")
 def test_kills_at_random_moments_do_not_change_the_weights(tmp_path):
-    """SIGKILL again and again while both stages run and shards are written."""
+    """SIGKILL comes again and again while both stages run and shards are written."""
     flags = [*TINY, "--store=disk", "--chunk=100", "--teacher_steps=20", "--student_steps=20"]
     flags += ["--save_every=1"]
     done = [
@@ -139,8 +139,9 @@ fit(Path({str(tmp_path)!r}), "--store=disk")
 
 
 def test_two_processes_equal_one(tiny_run, tmp_path, monkeypatch):
-    """Gradients of shards average to the gradient of all; every sample is evaluated once; a teacher
-    that one process began is finished by two, and a student by two nodes, as by one process."""
+    """The gradients of shards average to that of the whole batch, and every sample is evaluated
+    once. A teacher that one process began and two finish is that of one process; so is a student
+    that two nodes finish."""
     done = command("tests/ddp_worker.py", str(tiny_run), processes=2)
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
@@ -233,7 +234,7 @@ def test_a_student_of_another_teacher_is_named(tiny_run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_last_state(tmp_path):
-    """A learning rate far too high; the checkpoint before it survives."""
+    """The learning rate is far too high; the checkpoint written before survives."""
     flags = [*TINY, "--teacher_steps=40", "--teacher_lr=1e30", "--clip=1e30", "--save_every=1"]
     with pytest.raises(
         UsageError, match=r"(not finite|is nan|is inf).* at step \d+.*teacher.pt keeps"
@@ -243,8 +244,8 @@ def test_a_loss_that_is_not_finite_names_step_and_term_and_keeps_the_last_state(
     assert kept["step"] >= 1
 
 
-def test_ranks_make_runs_of_their_own_where_there_is_one_sample():
-    """On a graph all ranks have the same input: without this they would all do the same work."""
+def test_on_a_graph_each_process_draws_its_own_run():
+    """All processes have the same input; without this they would all do the same work."""
     net = MDEQ((1, 8, 8), 10, channels=(8,), head=(4,), final=16)
     student = Student(net, TimeMap(rho=0.3, K=6))
 
@@ -266,8 +267,8 @@ def test_a_start_trains_at_its_own_rate(tiny_run):
 
 
 def test_the_depth_of_a_teachers_update():
-    """A growing share on 1, 2, 4 layers without steps before; then 0 to `before` steps, each number
-    drawn about as often, the same on every rank since nothing but the seed and the step decides."""
+    """A share of the updates has 1, 2, then 4 layers alone; all later ones have 0 to `before` steps
+    first, each number about as often. Seed and step decide, so all processes agree."""
     config, _ = parse(["--growing=0.6", "--layers=4", "--before=3", "--teacher_steps=1000"])
     depths = [train.depth(config, step) for step in range(1000)]
     assert depths[:600] == [(0, 1)] * 200 + [(0, 2)] * 200 + [(0, 4)] * 200

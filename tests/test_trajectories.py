@@ -1,7 +1,7 @@
 """Sampling, augmentation and the three stores.
 
-Every store serves the states that the solver gave, whatever the number of processes.
-A damaged or foreign shard is named; Eq. 13 redirects as often as it says.
+Every store serves the states that the solver made, and the same batch at the same step.
+A damaged or foreign shard is named; Eq. 13 replaces as many states as it says.
 """
 
 import pytest
@@ -17,7 +17,7 @@ SPLIT = Split(torch.arange(20.0)[:, None], torch.arange(20))
 
 
 def solve(x):
-    """A trajectory of 5 states that show sample and step: z_k = (x, k)."""
+    """A trajectory of 5 states, each of which tells its sample and its step: z_k = (x, k)."""
     k = torch.arange(5.0)[:, None].expand(5, len(x))
     return torch.stack([x[:, 0].expand(5, -1), k], dim=-1)
 
@@ -45,7 +45,7 @@ def test_every_store_serves_the_states_of_the_samples_it_names(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "rolling"])
 def test_batches_are_a_function_of_the_step_alone(kind, tmp_path):
-    """A resumed run sees what an uninterrupted one would have."""
+    """So a resumed run sees what an uninterrupted one would have seen."""
     through, fresh = make(kind, tmp_path), make(kind, tmp_path)
     seen = [through.batch(step)[1] for step in range(12)]
     assert torch.equal(fresh.batch(11)[1], seen[11])
@@ -72,9 +72,8 @@ def test_rolling_solves_each_chunk_once_and_uses_it_reuse_times(tmp_path):
     for step in range(30):
         uses.index_add_(0, store.batch(step)[1], torch.ones(6, dtype=torch.long))
     assert counter.nfe == 3 + 29  # the first window, then one chunk a pass
-    assert (
-        uses.sum() == 180 and uses.min() >= 6
-    )  # 20 samples share 180 uses evenly but for the ends
+    # The 20 samples share 180 uses evenly, but for the first and last passes.
+    assert uses.sum() == 180 and uses.min() >= 6
 
 
 def test_rolling_needs_room_for_reuse(tmp_path):
@@ -102,7 +101,7 @@ def test_augmentation_replaces_with_its_probability_and_spares_the_ends():
 
 
 def test_one_draw_replaces_a_state_wherever_it_is_looked_up():
-    """z_k as the present of one column and the past of another is the same state."""
+    """z_k is the same state as z_k of one column and as z_{k-1} of another."""
     draws = torch.rand(50, 11) / 5
     out = augment(torch.tensor([[4, 5, 4]]).expand(50, 3), draws)
     assert torch.equal(out[:, 0], out[:, 2])
@@ -138,7 +137,7 @@ def test_disk_shards_are_made_once_and_kept(tmp_path, dtype):
     ],
     ids=["short", "flipped", "header", "foreign", "forged"],
 )
-def test_a_spoilt_shard_is_named_with_what_to_do(tmp_path, spoil, complaint):
+def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, spoil, complaint):
     make("disk", tmp_path)
     path = tmp_path / "shard-000001.traj"
     path.write_bytes(spoil(path.read_bytes()))
@@ -165,7 +164,7 @@ def test_every_flipped_bit_of_a_header_is_noticed(tmp_path):
 
 
 def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
-    """ENOSPC on the second shard: one line, the first shard is whole, the next start continues."""
+    """The second shard fails with one line; the first one is kept, and the next start continues."""
     calls = Counter(trajectories.atomic.__globals__["os"].fsync)
 
     def full(descriptor):

@@ -28,7 +28,8 @@ SMALL = dict(words=WORDS, d=D, heads=HEADS, inner=INNER, cutoffs=CUTS, segment=5
 
 
 def transformer(seed=0, **options) -> DEQTransformer:
-    """A network with random weights that listens more to its input than to its state."""
+    """A network with random weights that depends more on its input than on its state, so that it
+    contracts."""
     torch.manual_seed(seed)
     net = DEQTransformer(**SMALL | dict(std=0.2 / D**0.5) | options).eval()
     net.injection.linear.weight.data *= 200
@@ -70,8 +71,8 @@ def reference_state() -> dict:
 
 
 def reference_losses(state, segments, targets, layers, pre_norm):
-    """Losses (B, L) of the last segment, each segment's states and injection being the next one's
-    memory: written position by position from the published names alone."""
+    """Losses (B, L) of the last segment; the memory of each segment is the states and the injection
+    of the one before. Written position by position, with the published names alone."""
 
     def weight(name):
         v, g = state[f"func.{name}.weight_v"], state[f"func.{name}.weight_g"]
@@ -132,7 +133,7 @@ def reference_losses(state, segments, targets, layers, pre_norm):
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_published_weights_give_the_published_losses(prefix, pre_norm):
-    """Same weights, words and steps: the same loss of every word, with memory and without."""
+    """With the same weights, words and steps, every word has the same loss, whatever the memory."""
     state = reference_state()
     net = DEQTransformer(**SMALL | dict(pre_norm=pre_norm)).eval()
     net.load_state_dict(translated({prefix + name: value for name, value in state.items()}))
@@ -238,8 +239,8 @@ def test_folded_weights_and_a_fresh_student_are_the_teacher():
 
 
 def test_distillation_takes_the_first_half_of_a_window_for_memory():
-    """With past = M the losses are those of the second half given the first one's z_K, or given
-    what the student's own run makes of it."""
+    """With past = M, the losses are those of the second half of a window. The memory is the first
+    half at z_K or, if `own`, at the end of the student's run on it."""
     net = transformer()
     student = Student(net.requires_grad_(False), TimeMap(0.3, 8))
     x, y, z = words(3, 10), words(3, 10, seed=1), torch.randn(4, 3, 10, D)
