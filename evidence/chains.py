@@ -20,7 +20,7 @@ from checkpoint import plain_errors, provenance, versions
 from config import command_line
 from evidence import compare, tables
 from evidence.evaluate import evaluate
-from evidence.figures import canvas_of, save
+from evidence.figures import by_column
 from evidence.measure import BATCH, evaluate_explicit
 from evidence.methods import methods, picard_of, solved_by
 from evidence.rivals import Rivals, open_rivals
@@ -38,7 +38,7 @@ TITLES = {
     "10": "test accuracy, %, the same; ten classes",
     "seconds": "seconds from the injected input to the state, the same; two classes",
 }
-# The lines of the figure: name and style of some rows of the table.
+# The lines of the figure: rows of the table, each with a label and a style.
 SHOWN = {
     "ignn by picard, 4 L": ("IGNN, equilibrium", "C0-"),
     "eignn by picard, 4 L": ("EIGNN, equilibrium", "C2--"),
@@ -138,21 +138,10 @@ def part(title: str, columns: dict[str, list[dict[str, float]]]) -> dict:
 
 
 def figure(result: dict, path: Path) -> None:
-    """Test accuracy against length, a line per method: a PNG."""
-    shown = next((part for part in result["parts"] if part["title"] == TITLES["2"]), None)
-    if shown is None:
-        return
-    canvas, (axis,) = canvas_of(1, width=8)
-    lengths = [int(name) for name in shown["columns"]]
-    for name, (label, style) in SHOWN.items():
-        means = [statistics.fmean(values) for values in shown["cells"][name]]
-        axis.plot(lengths, means, style, label=label, markersize=5)
-    axis.set(xlabel="nodes of a chain", ylabel="test accuracy, %", xscale="log")
-    axis.set_xticks(lengths, shown["columns"])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    canvas.legend(loc="outside right upper", fontsize=9)
-    save(canvas, path)
+    """Test accuracy with two classes by length, a line for each method: a PNG."""
+    for part in result["parts"]:
+        if part["title"] == TITLES["2"]:
+            by_column(part, SHOWN, "nodes of a chain", path)
 
 
 def main(argv: list[str]) -> None:

@@ -6,7 +6,6 @@
 The second command also trains a student with a far start, for the same teacher.
 """
 
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from checkpoint import plain_errors, provenance
 from config import command_line
 from evidence import compare, tables
 from evidence.chains import beside, seconds, table
-from evidence.figures import canvas_of, save
+from evidence.figures import by_column
 from evidence.methods import picard_of, solved_by
 from evidence.rivals import open_rivals
 from infer import Method
@@ -30,15 +29,16 @@ FAR = "transformer-window-far"
 DEPTHS = ((0, 1), (2, 3), (4, 7), (8, 15), (16, 31))  # first and last of each column
 SOLVER, STUDENT = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)  # evaluations
 WINDOW = 6  # of Anderson acceleration; the task's own solver has a window of one state
-DRAWN = {
-    "picard, 4": "C0:",
-    "picard, 32": "C0-",
-    "anderson, 32": "C1--",
-    "direct, 1": "C5:",
-    "direct, 4": "C5--",
-    "cdeq, 1": "C3:",
-    "cdeq, 4": "C3--",
-    f"cdeq {FAR}, 1": "C3-",
+# The lines of the figure: rows of the table, each with a label and a style.
+SHOWN = {
+    "picard, 4": ("Picard, 4 NFE", "C0:o"),
+    "picard, 32": ("Picard, 32 NFE", "C0-o"),
+    "anderson, 32": ("Anderson, 32 NFE", "C1--s"),
+    "direct, 1": ("trained directly, 1 NFE", "C5:d"),
+    "direct, 4": ("trained directly, 4 NFE", "C5--d"),
+    "cdeq, 1": ("C-DEQ, 1 NFE", "C3:v"),
+    "cdeq, 4": ("C-DEQ, 4 NFE", "C3--v"),
+    f"cdeq {FAR}, 1": ("C-DEQ, far start, 1 NFE", "C3-v"),
 }
 
 
@@ -83,16 +83,8 @@ def predictions(method: Method, x: Tensor, nfe: int) -> Tensor:
 
 
 def figure(result: dict, path: Path) -> None:
-    """Accuracy against depth, a line for each method: a PNG."""
-    canvas, (axis,) = canvas_of(1, width=8)
-    part = result["parts"][0]
-    for name, style in DRAWN.items():
-        means = [statistics.fmean(values) for values in part["cells"][name]]
-        axis.plot(part["columns"], means, style, marker="o", markersize=5, label=name)
-    axis.set(xlabel="depth: words since the last reset", ylabel="test accuracy, %")
-    axis.grid(alpha=0.3)
-    canvas.legend(loc="outside right upper", fontsize=9)
-    save(canvas, path)
+    """Test accuracy by depth, a line for each method: a PNG."""
+    by_column(result["parts"][0], SHOWN, "depth: words since the last reset", path)
 
 
 def main(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
-"""Figures of reports. Each method has the same color in all of them."""
+"""Figures of reports and studies. Each method has the same color in all of them."""
 
+import statistics
 from pathlib import Path
 
 from checkpoint import atomic
@@ -60,6 +61,19 @@ def figure(result: dict, path: Path) -> None:
             left.axhline(row["value"], linewidth=1, linestyle=":", label=row["method"])
     left.legend()
     canvas.suptitle(f"{result.get('note') or result['task']}, seeds {result['seeds']}")
+    save(canvas, path)
+
+
+def by_column(part: dict, shown: dict[str, tuple[str, str]], xlabel: str, path: Path) -> None:
+    """Test accuracy by the columns of a study's table, a PNG. shown: the rows that have a line, by
+    name, each with a label and a style."""
+    canvas, (axis,) = canvas_of(1, width=8)
+    for name, (label, style) in shown.items():
+        means = [statistics.fmean(values) for values in part["cells"][name]]
+        axis.plot(part["columns"], means, style, label=label, markersize=5)
+    axis.set(xlabel=xlabel, ylabel="test accuracy, %")
+    axis.grid(alpha=0.3)
+    canvas.legend(loc="outside right upper", fontsize=9)
     save(canvas, path)
 
 

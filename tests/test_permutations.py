@@ -103,7 +103,7 @@ def test_accuracy_by_depth_of_a_run(tmp_path, monkeypatch):
         rivals.main([kind, *TINY, "--out", folder])
     depth.main(["--seeds", "0", "--flags", *TINY[1:]])
     text = (tmp_path / "results/permutations-depth.md").read_text()
-    for name in (*depth.DRAWN, "anderson, 1", "cdeq transformer-window-far, its start alone"):
+    for name in (*depth.SHOWN, "anderson, 1", "cdeq transformer-window-far, its start alone"):
         assert f"| {name} | " in text
     assert "| method | 0 - 1 | 2 - 3 | 4 - 7 | 8 - 15 | 16 - 31 |" in text
     assert (tmp_path / "results/permutations-depth.png").exists()
