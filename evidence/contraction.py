@@ -63,6 +63,7 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
         "contraction": found["teacher"]["contraction"],
         "value": found["teacher"]["value"],
         "nfe": {name: equal[name]["nfe"][0] for name in METHODS if name in equal},
+        "there": {name: equal[name]["value"] for name in METHODS if name in equal},
         "seconds": {
             name: before + equal[name]["seconds_per_batch"] for name in METHODS if name in equal
         },
@@ -88,18 +89,31 @@ def study(task: Task, rows: list[dict]) -> dict:
         name = task.metric if key == "value" else key
         of_teacher[f"C-DEQ's {name} at NFE {nfe}"] = lambda one, n=nfe, k=key: one["student"][n][k]
     needed = {m: by_setting(lambda one, m=m: str(one["nfe"].get(m, "never"))) for m in METHODS}
+    there = {m: by_setting(lambda one, m=m: tested(one, m)) for m in METHODS}
     teachers = {name: by_setting(cell) for name, cell in of_teacher.items()}
-    title = f"NFE until as good as the converged teacher, within {task.margin:g}, by seed"
+    title = f"NFE until as good as the converged teacher on validation, within {task.margin:g}"
     return dict(
         study=f"{task.name}: evaluations needed by contraction",
         seeds=sorted({one["seed"] for one in rows}),
         device=rows[0]["device"],
         parts=[
             dict(title="teachers and their students", columns=settings, digits=2, cells=teachers),
-            dict(title=title, columns=settings, digits=0, cells=needed),
+            dict(title=f"{title}, by seed", columns=settings, digits=0, cells=needed),
+            dict(
+                title=f"test {task.metric} at this NFE, less the teacher's, by seed",
+                columns=settings,
+                digits=0,
+                cells=there,
+            ),
         ],
         rows=rows,
     )
+
+
+def tested(one: dict, method: str) -> str:
+    """A method's test metric where it is as good on validation, less the teacher's."""
+    value = one["there"].get(method)
+    return "never" if value is None else f"{value - one['value']:+.1f}"
 
 
 def figure(result: dict, path: Path) -> None:
