@@ -1,7 +1,7 @@
 """The chains: a task that needs as many evaluations as a chain has nodes.
 
 Only the first node shows the class. J evaluations see J hops, with any weights and either solver.
-A far start sees the whole chain; with it, one evaluation is right on every node.
+A far start sees the whole chain; with it, one evaluation is enough.
 """
 
 import json
@@ -82,7 +82,7 @@ def test_edges_have_one_direction():
 @pytest.mark.parametrize("preset", ["ignn", "eignn", "mignn"])
 @pytest.mark.parametrize("J", [1, 2, 5])
 def test_J_evaluations_see_J_hops(preset, J):
-    """From z_0 = 0, the class reaches the node J hops away and no other beyond it."""
+    """From z_0 = 0, the class reaches the node J hops away and none beyond it."""
     net, x = line(preset)
     for solver in (picard, anderson):
 
@@ -94,7 +94,7 @@ def test_J_evaluations_see_J_hops(preset, J):
 
 
 def student_of(preset):
-    """A student whose start is not 0, as it is before training; and the input."""
+    """A student whose start is no longer 0, and the input."""
     net, x = line(preset)
     student = Student(net, TimeMap(rho=0.1, K=9), anderson=False, start=True).eval()
     for p in student.start.parameters():

@@ -43,8 +43,8 @@ def test_the_interval_of_a_mean_is_the_textbooks():
 
 
 def test_what_both_methods_share_cancels():
-    """b fails wherever a does, and on ten items more: the interval of the difference is narrower
-    than that of a alone."""
+    """b fails wherever a does, and on up to ten items more: the interval of the difference is
+    narrower than that of a alone."""
     a = coin(1000, 0.7)
     b = a.clone()
     b[:10] = 0
