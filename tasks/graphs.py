@@ -38,7 +38,7 @@ SMALL = dict(
 )  # fmt: skip
 LARGE = SMALL | dict(
     save_every=20, dropout=0.2, layers=4,
-    teacher_steps=100, teacher_lr=1e-2,
+    teacher_steps=300, teacher_lr=1e-2,
     student_steps=200, student_lr=4e-3,
 )  # fmt: skip
 
