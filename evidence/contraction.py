@@ -27,11 +27,11 @@ from evidence.rivals import Rivals, open_rivals
 from tasks import Task, graphs
 
 KAPPA = tuple(("--kappa", value) for value in ("0.5", "0.8", "0.95", "0.98", "0.99"))
-JACOBIAN = tuple(("--jac_weight", value) for value in ("1", "0.3", "0.1", "0.03", "0"))
+JACOBIAN = tuple(("--jac_weight", value) for value in ("3", "1", "0.3", "0.1", "0"))
 METHODS = ("picard", "anderson", "hyperdeq", "cdeq")
 # Steps of the solver: enough for slow teachers, too. On a graph the teachers train with as many
 # evaluations: a slow one that never went so far is wrong where it converges.
-LONG = ("--K", "60")
+LONG = ("--K", "30")
 LONG_GRAPH = ("--K", "120", "--before", "120", "--student_steps", "800")
 
 
