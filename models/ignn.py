@@ -87,7 +87,8 @@ class GraphStart(nn.Module):
 
     Between the maps there are jumps, sparse products of the few channels: the guess sees all nodes
     within the sum of their hops. The first map has no bias, so that a node about which nothing is
-    known stays 0 and does not mask what the jumps bring.
+    known stays 0 and does not mask what the jumps bring. There is no nonlinearity: with a ReLU on so
+    few channels, a class for which all of them are negative would be lost.
     """
 
     def __init__(self, d: int, jumps: list[Graph]):
@@ -99,7 +100,7 @@ class GraphStart(nn.Module):
         self.jumps = jumps
 
     def forward(self, u: Tensor) -> list[Tensor]:
-        y = self.wide(u).relu()
+        y = self.wide(u)
         for jump, scale in zip(self.jumps, self.scales, strict=True):
             y = torch.addcmul(y, jump.product(y), scale)
         return [torch.addcmul(self.out(y), u, self.scale)]

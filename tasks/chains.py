@@ -57,7 +57,7 @@ def chains(length: int, classes: int, data: Path) -> Task:
     name = f"chains{'' if classes == 2 else classes}-{length}"
     defaults = SMALL | dict(
         kappa=0.98, before=length, K=4 * length, m=3,
-        teacher_steps=150, teacher_lr=2e-2, student_steps=200,
+        teacher_steps=400, teacher_lr=2e-2, student_steps=200,
     )  # fmt: skip
     options = dict(presets=presets(length), norm="into")
     task = node_task(name, content(length, classes), dict(width=16), defaults, **options)
