@@ -21,9 +21,12 @@ from checkpoint import UsageError, plain_errors, provenance
 from config import TASKS, command_line, open_task
 from evidence import tables
 from evidence.compare import over_seeds, train
+from evidence.evaluate import evaluate
 from evidence.figures import COLORS, canvas_of, save
-from evidence.measure import measure
+from evidence.measure import contraction_of, equals
+from evidence.methods import methods
 from evidence.rivals import Rivals, open_rivals
+from runs import Run
 from tasks import Task, graphs
 
 KAPPA = tuple(("--kappa", value) for value in ("0.5", "0.8", "0.95", "0.98", "0.99"))
@@ -50,28 +53,32 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
     """The study's numbers for one teacher; a learned solver that diverges on it has none."""
     run = runs.open_run(folder)
     try:
-        found = measure(run, open_rivals(run))
+        needed, points = curves(run, open_rivals(run))
     except FloatingPointError:  # of the learned solver, after more steps than it was trained for
-        found = measure(run, Rivals({}, {}, {}))
-    equal = {one["method"]: one for one in found["equal"]}
-    points = {(one["method"], one["nfe"]): one for one in found["rows"]}
-    before = found["injection_seconds"]
+        needed, points = curves(run, Rivals({}, {}, {}))
     return {
         "setting": " ".join(setting),
         "seed": seed,
-        "device": found["device"],
-        "contraction": found["teacher"]["contraction"],
-        "value": found["teacher"]["value"],
-        "nfe": {name: equal[name]["nfe"][0] for name in METHODS if name in equal},
-        "there": {name: equal[name]["value"] for name in METHODS if name in equal},
-        "seconds": {
-            name: before + equal[name]["seconds_per_batch"] for name in METHODS if name in equal
-        },
+        "device": run.device.type,
+        "contraction": contraction_of(run),
+        "value": points["anderson", run.config["K"]]["value"],
+        "nfe": needed,
+        "there": {name: points[name, nfe]["value"] for name, nfe in needed.items()},
         "student": {
             str(nfe): {key: points["cdeq", nfe][key] for key in ("value", "distance")}
             for nfe in (1, 2)
         },
     }
+
+
+def curves(run: Run, rivals: Rivals) -> tuple[dict[str, int], dict[tuple, dict]]:
+    """For each method that gets there, the evaluations that it needs on the validation split; and
+    the measures on the test split by method and evaluations, these and 1, 2 and K."""
+    table = {name: method for name, method in methods(run, rivals).items() if name in METHODS}
+    needed = {name: nfe for name, nfe in equals(run, table).items() if nfe}
+    nfes = tuple(sorted({1, 2, run.config["K"], *needed.values()}))
+    found = evaluate(run, table, run.task.test, nfes)
+    return needed, {(name, one["nfe"]): one for name, rows in found.items() for one in rows}
 
 
 def study(task: Task, rows: list[dict]) -> dict:

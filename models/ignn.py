@@ -87,8 +87,8 @@ class GraphStart(nn.Module):
 
     Between the maps there are jumps, sparse products of the few channels: the guess sees all nodes
     within the sum of their hops. The first map has no bias, so that a node about which nothing is
-    known stays 0 and does not mask what the jumps bring. There is no nonlinearity: with a ReLU on so
-    few channels, a class for which all of them are negative would be lost.
+    known stays 0 and does not mask what the jumps bring. There is no nonlinearity: a ReLU on so few
+    channels would lose a class for which all of them are negative.
     """
 
     def __init__(self, d: int, jumps: list[Graph]):
