@@ -8,7 +8,8 @@ kappa of a graph network's rate, or by the weight of the Jacobian regularisation
 study reports the error that an Anderson step leaves, the converged metric, and the fewest
 evaluations from which on a method's validation metric stays as good. Runs are kept in
 runs/contraction/ and continue where they were stopped; a teacher whose training failed is named and
-left out.
+left out. Seeds may be run one after the other, on several machines: rows of other seeds that the
+study's file holds, made with the same --flags, stay in it.
 """
 
 import itertools
@@ -59,6 +60,7 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
     return {
         "setting": " ".join(setting),
         "seed": seed,
+        **provenance(),
         "device": run.device.type,
         "contraction": contraction_of(run),
         "value": points["anderson", run.config["K"]]["value"],
@@ -83,6 +85,7 @@ def curves(run: Run, rivals: Rivals) -> tuple[dict[str, int], dict[tuple, dict]]
 
 def study(task: Task, rows: list[dict]) -> dict:
     """The study's tables, with a column for each setting."""
+    rows = sorted(rows, key=lambda one: one["seed"])
     settings = list(dict.fromkeys(one["setting"] for one in rows))
 
     def by_setting(cell: Callable[[dict], object]) -> list[list]:
@@ -143,16 +146,25 @@ def figure(result: dict, path: Path) -> None:
     save(canvas, path)
 
 
+def earlier(stem: Path, flags: list[str]) -> list[dict]:
+    """The rows of an earlier file of this study that were made with the same flags."""
+    path = stem.with_suffix(".json")
+    rows = tables.read(path)["rows"] if path.exists() else []
+    return [one for one in rows if one.get("flags", []) == flags]
+
+
 def main(argv: list[str]) -> None:
     parser = command_line(__doc__)
     parser.add_argument("--task", choices=tuple(TASKS), default="digits-graph")
     args = over_seeds(parser, argv, [0])
-    shown, rows, stem = "no teacher was trained", [], args.results / f"{args.task}-contraction"
+    stem, shown = args.results / f"{args.task}-contraction", "no teacher was trained"
+    rows = [one for one in earlier(stem, args.flags) if one["seed"] not in args.seeds]
     settings = KAPPA if args.task in graphs.TASKS else JACOBIAN
     for seed in args.seeds:
         for setting in settings:
             try:
-                rows.append(row(trained(args.task, seed, setting, args.flags), setting, seed))
+                folder = trained(args.task, seed, setting, args.flags)
+                rows.append(row(folder, setting, seed) | {"flags": args.flags})
             except UsageError as error:
                 print(f"{' '.join(setting)}, seed {seed}: left out, {error}", file=sys.stderr)
                 continue

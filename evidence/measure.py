@@ -92,7 +92,9 @@ def equals(run: Run, table: dict) -> dict[str, int | None]:
     task's margin of the converged teacher's; None if there is no such number up to K."""
     task, K = run.task, run.config["K"]
     nfes = tuple(range(1, K + 1))
-    curves = evaluate(run, table, task.to_choose(), nfes, BATCH, own_memory=False)
+    converge = run.teacher.memory > 0  # else the equilibrium is of no use here
+    options = dict(own_memory=False, converge=converge)
+    curves = evaluate(run, table, task.to_choose(), nfes, BATCH, **options)
     teacher = curves["anderson"][-1]["value"]
     fewest = {}
     for name, rows in curves.items():

@@ -5,6 +5,7 @@ Merged rows are means over seeds; what was not measured stays empty; costs are s
 """
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import infer
 from anderson import anderson
 from checkpoint import UsageError
-from evidence import compare, measure, tables
+from evidence import compare, contraction, measure, tables
 from evidence.merge import merge
 from evidence.methods import methods
 from evidence.timing import cost
@@ -52,6 +53,16 @@ def test_the_margin_of_a_perplexity_is_relative(run, monkeypatch):
     run.task = dataclasses.replace(run.task, higher_is_better=False, margin=0.17)
     table = curves(monkeypatch, anderson=[9, 5, 4, 3.2, 3], slow=[9, 8, 7, 6, 3.5])
     assert measure.equals(run, table) == {"anderson": 4, "slow": 5}
+
+
+def test_a_study_keeps_the_rows_of_other_seeds(tmp_path):
+    """Those made with the same flags, and none if there is no file yet."""
+    stem = tmp_path / "digits-contraction"
+    assert contraction.earlier(stem, []) == []
+    rows = [{"seed": 0}, {"seed": 1, "flags": []}, {"seed": 2, "flags": ["--K", "9"]}]
+    stem.with_suffix(".json").write_text(json.dumps({"rows": rows}))
+    assert [one["seed"] for one in contraction.earlier(stem, [])] == [0, 1]
+    assert [one["seed"] for one in contraction.earlier(stem, ["--K", "9"])] == [2]
 
 
 def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
