@@ -58,14 +58,20 @@ def train_task(task: str, seed: int, folder: Path, flags: list[str]) -> None:
     """Every run of one task and seed."""
     here = ["--task", task, "--seed", str(seed), *flags]
     at = [*here, "--out", str(folder)]
-    far = [*here, "--preset", FAR, "--teacher", f"{folder}/teacher.pt", "--out", f"{folder}-{FAR}"]
-    for where in (at, far):
-        for stage in ("teacher", "student"):
-            compare.train("train", *where, "--stage", stage)
+    for stage in ("teacher", "student"):
+        compare.train("train", *at, "--stage", stage)
+    train_beside(folder, FAR, here)
     for name, more in OTHERS.items():
         compare.train("train", *here, *more, "--stage", "teacher", "--out", f"{folder}-{name}")
     for kind in RIVALS:
         compare.train("evidence.rivals", kind, *at)
+
+
+def train_beside(folder: Path, preset: str, flags: list[str]) -> None:
+    """Trains a student of another preset for a folder's teacher, in a folder beside it."""
+    where = [*flags, "--preset", preset, "--teacher", f"{folder}/teacher.pt"]
+    for stage in ("teacher", "student"):
+        compare.train("train", *where, "--out", f"{folder}-{preset}", "--stage", stage)
 
 
 @torch.no_grad()

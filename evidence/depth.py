@@ -18,7 +18,7 @@ from anderson import anderson
 from checkpoint import plain_errors, provenance
 from config import command_line
 from evidence import compare, tables
-from evidence.chains import beside, seconds, table
+from evidence.chains import beside, seconds, table, train_beside
 from evidence.figures import by_column
 from evidence.methods import picard_of, solved_by
 from evidence.rivals import open_rivals
@@ -40,16 +40,6 @@ SHOWN = {
     "cdeq, 4": ("C-DEQ, 4 NFE", "C3--v"),
     f"cdeq {FAR}, 1": ("C-DEQ, far start, 1 NFE", "C3-v"),
 }
-
-
-def train_far(seed: int, flags: list[str]) -> Path:
-    """Trains the student with the far start; the folder of the run without it."""
-    folder = Path(f"runs/permutations-seed{seed}")
-    here = ["--task", "permutations", "--seed", str(seed), "--preset", FAR, *flags]
-    here += ["--teacher", f"{folder}/teacher.pt", "--out", f"{folder}-{FAR}"]
-    for stage in ("teacher", "student"):
-        compare.train("train", *here, "--stage", stage)
-    return folder
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
@@ -89,7 +79,9 @@ def figure(result: dict, path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     args = compare.over_seeds(command_line(__doc__), argv, [0])
-    folders = [train_far(seed, args.flags) for seed in args.seeds]
+    folders = [Path(f"runs/permutations-seed{seed}") for seed in args.seeds]
+    for seed, folder in zip(args.seeds, folders, strict=True):
+        train_beside(folder, FAR, ["--task", "permutations", "--seed", str(seed), *args.flags])
     right = [measure(folder) for folder in folders]
     spent = [seconds(runs.open_run(f), beside(f, FAR), SOLVER[-1], "32") for f in folders]
     columns = [f"{first} - {last}" for first, last in DEPTHS]
