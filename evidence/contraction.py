@@ -130,7 +130,9 @@ def figure(result: dict, path: Path) -> None:
     """Evaluations needed against the error that a step leaves, a line for each method, a PNG."""
     canvas, (axis,) = canvas_of(1, width=7)
     ordered = sorted(result["rows"], key=lambda one: one["contraction"])
-    error, ticks = [one["contraction"] for one in ordered], [2**i for i in range(9)]
+    error = [one["contraction"] for one in ordered]
+    most = max(nfe for one in ordered for nfe in one["nfe"].values())
+    ticks = [2**i for i in range(most.bit_length() + 2)]  # the last one stands for never
     for name in METHODS:
         nfe = [one["nfe"].get(name, ticks[-1]) for one in ordered]
         axis.plot(error, nfe, marker="o", color=COLORS[name], label=name)
