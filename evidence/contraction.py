@@ -151,7 +151,7 @@ def figure(result: dict, path: Path) -> None:
 def earlier(stem: Path, flags: list[str]) -> list[dict]:
     """The rows of an earlier file of this study that were made with the same flags."""
     path = stem.with_suffix(".json")
-    rows = tables.read(path)["rows"] if path.exists() else []
+    rows = tables.read(path).get("rows", []) if path.exists() else []
     return [one for one in rows if one.get("flags", []) == flags]
 
 
