@@ -6,12 +6,14 @@
 The teachers of a study are the same network and differ only in how fast they converge: by the bound
 kappa of a graph network's rate, or by the weight of the Jacobian regularisation. For each one, the
 study reports the error that an Anderson step leaves, the converged metric, and the fewest
-evaluations from which on a method's validation metric stays as good. Runs are kept in
-runs/contraction/ and continue where they were stopped; a teacher whose training failed is named and
-left out. Seeds may be run one after the other, on several machines: rows of other seeds that the
-study's file holds, made with the same --flags, stay in it.
+evaluations from which on a method's validation metric stays as good; for networks trained directly,
+the fewest for which one of them is. Runs are kept in runs/contraction/ and continue where they were
+stopped; a teacher whose training failed is named and left out. Seeds may be run one after the
+other, on several machines: rows of other seeds that the study's file holds, made with the same
+--flags, stay in it.
 """
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from evidence import tables
 from evidence.compare import over_seeds, train
 from evidence.evaluate import evaluate
 from evidence.figures import COLORS, canvas_of, save
-from evidence.measure import contraction_of, equals
+from evidence.measure import contraction_of, direct_row, equals
 from evidence.methods import methods
 from evidence.rivals import Rivals, open_rivals
 from runs import Run
@@ -32,31 +34,50 @@ from tasks import Task, graphs
 
 KAPPA = tuple(("--kappa", value) for value in ("0.5", "0.8", "0.95", "0.98", "0.99"))
 JACOBIAN = tuple(("--jac_weight", value) for value in ("3", "1", "0.3", "0.1", "0"))
-METHODS = ("picard", "anderson", "hyperdeq", "cdeq")
+SOLVERS = ("picard", "anderson", "hyperdeq", "cdeq")
+METHODS = (*SOLVERS, "direct")
+DIRECTS = (1, 2, 4)  # evaluations of the networks trained directly
 # Steps of the solver: enough for slow teachers, too. On a graph the teachers train with as many
 # evaluations: a slow one that never went so far is wrong where it converges.
 LONG = ("--K", "30")
 LONG_GRAPH = ("--K", "120", "--before", "120", "--student_steps", "800")
 
 
+def trained_directly(task: str, seed: int, more: list[str]) -> Path:
+    """The folder of the networks trained directly, which know nothing of a solver and its speed."""
+    folder = Path(f"runs/contraction/{task}-seed{seed}-direct")
+    for J in DIRECTS:
+        train("evidence.rivals", f"direct-{J}", *flags_of(task, seed, folder), *more)
+    return folder
+
+
 def trained(task: str, seed: int, setting: tuple[str, str], more: list[str]) -> Path:
     """The folder of a teacher, its student and its learned solver, which are trained if missing."""
     folder = Path(f"runs/contraction/{task}-seed{seed}{setting[0]}-{setting[1]}")
-    long = LONG_GRAPH if task in graphs.TASKS else LONG
-    flags = ["--task", task, "--seed", str(seed), *setting, *long, *more, "--out", str(folder)]
+    flags = [*flags_of(task, seed, folder), *setting, *more]
     for stage in ("teacher", "student"):
         train("train", *flags, "--stage", stage)
     train("evidence.rivals", "hyperdeq", *flags)
     return folder
 
 
-def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
-    """The study's numbers for one teacher; a learned solver that diverges on it has none."""
+def flags_of(task: str, seed: int, folder: Path) -> list[str]:
+    """The flags that all trainings of a study share."""
+    long = LONG_GRAPH if task in graphs.TASKS else LONG
+    return ["--task", task, "--seed", str(seed), *long, "--out", str(folder)]
+
+
+def row(folder: Path, setting: tuple[str, str], seed: int, directly: Path) -> dict:
+    """The study's numbers for one teacher, beside the networks in the folder `directly`; a learned
+    solver that diverges has none."""
     run = runs.open_run(folder)
+    rivals = open_rivals(dataclasses.replace(run, folder=directly))
     try:
-        needed, points = curves(run, open_rivals(run))
-    except FloatingPointError:  # of the learned solver, after more steps than it was trained for
-        needed, points = curves(run, Rivals({}, {}, {}))
+        rivals.learned = open_rivals(run).learned
+        needed, points = curves(run, rivals)
+    except FloatingPointError:  # after more steps than the learned solver was trained for
+        rivals.learned = {}
+        needed, points = curves(run, rivals)
     return {
         "setting": " ".join(setting),
         "seed": seed,
@@ -76,11 +97,18 @@ def row(folder: Path, setting: tuple[str, str], seed: int) -> dict:
 def curves(run: Run, rivals: Rivals) -> tuple[dict[str, int], dict[tuple, dict]]:
     """For each method that gets there, the evaluations that it needs on the validation split; and
     the measures on the test split by method and evaluations, these and 1, 2 and K."""
-    table = {name: method for name, method in methods(run, rivals).items() if name in METHODS}
+    task, K, valid = run.task, run.config["K"], run.task.to_choose()
+    table = {name: method for name, method in methods(run, rivals).items() if name in SOLVERS}
     needed = {name: nfe for name, nfe in equals(run, table).items() if nfe}
-    nfes = tuple(sorted({1, 2, run.config["K"], *needed.values()}))
-    found = evaluate(run, table, run.task.test, nfes)
-    return needed, {(name, one["nfe"]): one for name, rows in found.items() for one in rows}
+    nfes = tuple(sorted({1, 2, K, *needed.values()}))
+    found = evaluate(run, table, task.test, nfes)
+    points = {(name, one["nfe"]): one for name, rows in found.items() for one in rows}
+    (teacher,) = evaluate(run, {"": table["anderson"]}, valid, (K,), own_memory=False)[""]
+    for J, net in rivals.direct.items():
+        points["direct", J] = direct_row(run, J, net, task.test)
+        if task.as_good(direct_row(run, J, net, valid)["value"], teacher["value"]):
+            needed.setdefault("direct", J)
+    return needed, points
 
 
 def study(task: Task, rows: list[dict]) -> dict:
@@ -163,10 +191,11 @@ def main(argv: list[str]) -> None:
     rows = [one for one in earlier(stem, args.flags) if one["seed"] not in args.seeds]
     settings = KAPPA if args.task in graphs.TASKS else JACOBIAN
     for seed in args.seeds:
+        directly = trained_directly(args.task, seed, args.flags)
         for setting in settings:
             try:
                 folder = trained(args.task, seed, setting, args.flags)
-                rows.append(row(folder, setting, seed) | {"flags": args.flags})
+                rows.append(row(folder, setting, seed, directly) | {"flags": args.flags})
             except UsageError as error:
                 print(f"{' '.join(setting)}, seed {seed}: left out, {error}", file=sys.stderr)
                 continue

@@ -16,7 +16,7 @@ from evidence.rivals import Rivals, open_rivals
 from evidence.tables import write
 from evidence.timing import cost
 from fpode import contraction
-from models import labels
+from models import Equilibrium, labels
 from runs import Run
 from tasks import Split
 
@@ -117,11 +117,8 @@ def measured(run: Run, rivals: Rivals, table: dict, further: set[tuple] = frozen
         for nfe in run.task.nfes
     ]
     for J, net in rivals.direct.items():
-        method = {"direct": solved_by(net, picard_of(net))}
-        alone = dataclasses.replace(run, teacher=net)
-        (found,) = evaluate(alone, method, data, (J,), converge=False)["direct"]
         params = sum(p.numel() for p in net.parameters())
-        rows.append({"method": "direct", **found, "params": params})
+        rows.append({"method": "direct", **direct_row(run, J, net, data), "params": params})
     for name, net in rivals.explicit.items():
         params = sum(p.numel() for p in net.parameters())
         found = evaluate_explicit(run, net, data)
@@ -134,6 +131,14 @@ def measured(run: Run, rivals: Rivals, table: dict, further: set[tuple] = frozen
         seconds, memory = spent[row["method"], row["nfe"]]
         row |= {"std": None, "n": 1, "seconds_per_batch": seconds, "peak_memory_bytes": memory}
     return rows, points, spent
+
+
+def direct_row(run: Run, J: int, net: Equilibrium, split: Split) -> dict:
+    """The measures of a network that was trained for J evaluations; it has no equilibrium."""
+    method = {"direct": solved_by(net, picard_of(net))}
+    alone = dataclasses.replace(run, teacher=net)
+    (found,) = evaluate(alone, method, split, (J,), BATCH, converge=False)["direct"]
+    return found
 
 
 def parameters(run: Run, rivals: Rivals, method: str) -> int:
