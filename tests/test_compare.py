@@ -16,6 +16,7 @@ from checkpoint import UsageError
 from evidence import compare, contraction, measure, tables
 from evidence.merge import merge
 from evidence.methods import methods
+from evidence.rivals import Rivals
 from evidence.timing import cost
 
 from .conftest import NONE
@@ -63,6 +64,21 @@ def test_a_study_keeps_the_rows_of_other_seeds(tmp_path):
     stem.with_suffix(".json").write_text(json.dumps({"rows": rows}))
     assert [one["seed"] for one in contraction.earlier(stem, [])] == [0, 1]
     assert [one["seed"] for one in contraction.earlier(stem, ["--K", "9"])] == [2]
+
+
+def test_a_study_names_the_fewest_layers_that_are_as_good_when_trained_directly(run, monkeypatch):
+    """As good on the validation split: here the margin is 0.5, and the teacher is at 90."""
+
+    def evaluated(run, table, split, nfes, **_):
+        return {name: [{"nfe": nfe, "value": 90.0} for nfe in nfes] for name in table}
+
+    monkeypatch.setattr(contraction, "evaluate", evaluated)
+    monkeypatch.setattr(contraction, "equals", lambda *_: {"anderson": 3, "cdeq": None})
+    monkeypatch.setattr(contraction, "direct_row", lambda run, J, net, split: {"value": net})
+    needed, _ = contraction.curves(run, Rivals({1: 89.4, 2: 89.6, 4: 95.0}, {}, {}))
+    assert needed == {"anderson": 3, "direct": 2}
+    needed, points = contraction.curves(run, Rivals({1: 80.0, 2: 81.0}, {}, {}))
+    assert needed == {"anderson": 3} and points["direct", 2]["value"] == 81.0
 
 
 def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
