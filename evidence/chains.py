@@ -21,8 +21,8 @@ from config import command_line
 from evidence import compare, tables
 from evidence.evaluate import evaluate
 from evidence.figures import by_column
-from evidence.measure import BATCH, evaluate_explicit
-from evidence.methods import methods, picard_of, solved_by
+from evidence.measure import BATCH, direct_row, evaluate_explicit
+from evidence.methods import methods
 from evidence.rivals import Rivals, open_rivals
 from evidence.timing import interleaved
 from runs import Run
@@ -86,9 +86,7 @@ def measure(folder: Path) -> dict[str, float]:
     far = after_few(beside(folder, FAR), "cdeq")
     found |= {name.replace("cdeq", f"cdeq {FAR}"): value for name, value in far.items()}
     for J, net in rivals.direct.items():
-        method = {"direct": solved_by(net, picard_of(net))}
-        (row,) = evaluate(run, method, test, (J,), converge=False)["direct"]
-        found[f"direct, {J}"] = row["value"]
+        found[f"direct, {J}"] = direct_row(run, J, net, test)["value"]
     for name, net in rivals.explicit.items():
         found[name] = evaluate_explicit(run, net, test)["value"]
     return found
