@@ -128,7 +128,7 @@ def teacher_lines(result: dict) -> list[str]:
 
 def verdict(interval: list[float], result: dict) -> str:
     """A difference, its interval, and a word for whether the interval excludes 0."""
-    value, low, high = interval
+    value, low, high = (round(v, 9) + 0.0 for v in interval)  # an end may be 0 but for rounding
     word = "no difference"
     if low > 0 or high < 0:
         word = "ahead" if (low > 0) == result["higher_is_better"] else "behind"

@@ -95,6 +95,7 @@ def test_other_units_and_other_seeds_are_refused():
         ((-1.0, -1.5, -0.5), False, "ahead"),
         ((1.0, -0.1, 2.0), True, "no difference"),
         ((0.0, 0.0, 0.0), True, "no difference"),
+        ((1.4, 3e-15, 2.9), True, "no difference"),
     ],
 )
 def test_ahead_is_said_only_where_the_interval_excludes_zero(interval, higher_is_better, word):
