@@ -43,6 +43,12 @@ LONG = ("--K", "30")
 LONG_GRAPH = ("--K", "120", "--before", "120", "--student_steps", "800")
 
 
+def flags_of(task: str, seed: int, folder: Path) -> list[str]:
+    """The flags that all trainings of a study share."""
+    long = LONG_GRAPH if task in graphs.TASKS else LONG
+    return ["--task", task, "--seed", str(seed), *long, "--out", str(folder)]
+
+
 def trained_directly(task: str, seed: int, more: list[str]) -> Path:
     """The folder of the networks trained directly, which know nothing of a solver and its speed."""
     folder = Path(f"runs/contraction/{task}-seed{seed}-direct")
@@ -59,12 +65,6 @@ def trained(task: str, seed: int, setting: tuple[str, str], more: list[str]) -> 
         train("train", *flags, "--stage", stage)
     train("evidence.rivals", "hyperdeq", *flags)
     return folder
-
-
-def flags_of(task: str, seed: int, folder: Path) -> list[str]:
-    """The flags that all trainings of a study share."""
-    long = LONG_GRAPH if task in graphs.TASKS else LONG
-    return ["--task", task, "--seed", str(seed), *long, "--out", str(folder)]
 
 
 def row(folder: Path, setting: tuple[str, str], seed: int, directly: Path) -> dict:
