@@ -1,24 +1,17 @@
 """Turns reports into Markdown tables.
 
-    python -m evidence.tables    remakes results/*.md from the JSON files there, and then the tables
-                                 of README.md and RESULTS.md
-
 A report is a dict, the contents of a report.json or of a file in results/. Nothing is computed
 here, and what was not measured stays empty.
 """
 
 import json
-import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint import UsageError, atomic, plain_errors
-from config import command_line
+from checkpoint import UsageError, atomic
 from evidence.figures import HUGE, figure
 
-ROOT = Path(__file__).parents[1]
 LAM1, LAM2 = ("0", "0.2", "0.4", "0.6", "0.8", "1"), ("0", "0.05")
 TITLES = {
     "value": "{metric}, {split} split",
@@ -218,26 +211,6 @@ def write(result: dict, stem: Path, draw: Callable[[dict, Path], None] = figure)
     return text
 
 
-PARTS = {"value": 0, "equal": "as good as", "explicit": "finite depth"}
-
-
-def excerpt(text: str, part: str) -> list[str]:
-    """The lines of one table of a report; that of the metric comes after a line on the teacher."""
-    opening, *sections = text.split("\n## ")
-    titles = [section.splitlines()[0] for section in sections]
-    wanted = PARTS.get(part, part)
-    if wanted == 0:
-        teacher = " ".join(line for line in opening.splitlines()[1:] if line)
-        return [teacher, "", *(line for line in sections[0].splitlines() if line.startswith("|"))]
-    place = next((i for i, title in enumerate(titles) if wanted in title), None)
-    if place is None:
-        raise UsageError(f"a report has no table {part!r}; its tables are {' | '.join(titles)}")
-    return [line for line in sections[place].splitlines() if line.startswith("|")]
-
-
-SUMMARY = {"anderson": "Anderson", "hyperdeq": "HyperDEQ", "direct": "direct", "cdeq": "C-DEQ"}
-
-
 def read(path: Path) -> dict:
     """A file of results/; UsageError if it is no report."""
     try:
@@ -247,54 +220,3 @@ def read(path: Path) -> dict:
     if not isinstance(result, dict):
         raise UsageError(f"{path} holds a {type(result).__name__}, not a report; delete it")
     return result
-
-
-def summary(results: Path) -> list[str]:
-    """The lines of a table of all tasks: the teacher, and each method at NFE 1, 2 and 4. Reports
-    without direct networks are of earlier teachers, and left out."""
-    head = ["task", "metric", "teacher", *(f"{name} 1 / 2 / 4" for name in SUMMARY.values())]
-    rows = []
-    for path in sorted(results.glob("*.json")):
-        result = read(path)
-        if path.stem != result.get("task"):
-            continue
-        cells = {(r["method"], r["nfe"]): f"{r['value']:.1f}" for r in result["rows"] if r["nfe"]}
-        shown = [[cells.get((name, nfe), "-") for nfe in (1, 2, 4)] for name in SUMMARY]
-        if ("direct", 1) in cells:
-            n, value = len(result["seeds"]), f"{result['teacher']['value']:.1f}"
-            name = f"{result.get('note') or result['task']}, {n} seed{'s' * (n > 1)}"
-            rows.append([name, result["metric"], value, *map(" / ".join, shown)])
-    return table("", head, rows)[3:]
-
-
-def filled(page: str, results: Path) -> str:
-    """A page in which the tables after comments `NAME.md: PART` and `summary` are those of
-    results/."""
-
-    def fill(match: re.Match) -> str:
-        if not (results / match[1]).exists():
-            raise UsageError(f"a page asks for {match[1]}, which is not in {results.name}/")
-        text = (results / match[1]).read_text()
-        return "\n".join(
-            [f"<!-- {match[1]}: {match[2]} -->", *excerpt(text, match[2]), "<!-- end -->"]
-        )
-
-    page = re.sub(r"<!-- (\S+\.md): (.+?) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
-    whole = "\n".join(["<!-- summary -->", *summary(results), "<!-- end -->"])
-    return re.sub(r"<!-- summary -->\n.*?<!-- end -->", lambda _: whole, page, flags=re.DOTALL)
-
-
-def main(argv: list[str]) -> None:
-    """Remakes every results/*.md from its JSON file, and the tables of the pages."""
-    command_line(__doc__).parse_args(argv)
-    for path in sorted((ROOT / "results").glob("*.json")):
-        result = read(path)
-        if result.keys() & {"rows", "study"}:
-            path.with_suffix(".md").write_text(markdown(result))
-    for page in (ROOT / "README.md", ROOT / "RESULTS.md"):
-        page.write_text(filled(page.read_text(), ROOT / "results"))
-
-
-if __name__ == "__main__":
-    with plain_errors():
-        main(sys.argv[1:])

@@ -16,7 +16,7 @@ import infer
 import runs
 from checkpoint import UsageError
 from config import Config, parse
-from evidence import chains, compare, rivals, speed, tables
+from evidence import chains, compare, pages, rivals, speed
 
 VALUES = ("", "-1", "0", "nan", "inf", "-inf", "1e23", "1" + "0" * 23, "abc", "é\n", "../x", "1 2")
 INFER = "nfe batch decay tol max-nfe tokens temperature top-k seed student memory split data "
@@ -67,7 +67,7 @@ def measurements(out: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, value in itertools.product(("only", "frobnicate"), VALUES):
         flags = [f"--{name}={value}", f"--results={out}"]
         yield " ".join(["speed", *flags]), lambda flags=flags: speed.main(flags)
-        yield " ".join(["tables", *flags]), lambda flags=flags: tables.main(flags)
+        yield " ".join(["pages", *flags]), lambda flags=flags: pages.main(flags)
         yield " ".join(["rivals", *flags]), lambda flags=flags: rivals.main(flags)
 
 

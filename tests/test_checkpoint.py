@@ -12,7 +12,7 @@ import pytest
 
 import train
 from checkpoint import UsageError, atomic, load, save
-from evidence import tables
+from evidence import pages
 
 from .conftest import ROOT, TINY
 
@@ -45,7 +45,7 @@ def test_a_checkpoint_that_lacks_an_entry_is_named(tmp_path):
 def test_a_damaged_file_of_results_is_named(tmp_path, junk, complaint):
     (tmp_path / "digits.json").write_text(junk)
     with pytest.raises(UsageError, match=f"digits.json {complaint}"):
-        tables.summary(tmp_path)
+        pages.summary(tmp_path)
 
 
 def test_a_closed_pipe_ends_a_command_quietly():

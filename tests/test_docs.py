@@ -13,7 +13,7 @@ import pytest
 
 from checkpoint import UsageError, provenance
 from config import Config
-from evidence import tables
+from evidence import pages, tables
 
 from .conftest import ROOT
 
@@ -120,12 +120,13 @@ def test_tables_are_those_of_results():
         assert path.read_text() == tables.markdown(result), path.name
         assert f"<!-- {path.name}: " in RESULTS or f"results/{path.name}" in RESULTS, path.name
     for page in (README, RESULTS):
-        assert tables.filled(page, ROOT / "results") == page
-    with pytest.raises(UsageError, match="no table 'speed'"):
-        tables.filled("<!-- digits.md: speed -->\n<!-- end -->", ROOT / "results")
+        assert pages.filled(page, ROOT / "results") == page
+    for part, complaint in (("speed", "no table 'speed'"), ("value, rows no", "no row 'no'")):
+        with pytest.raises(UsageError, match=complaint):
+            pages.filled(f"<!-- digits.md: {part} -->\n<!-- end -->", ROOT / "results")
     for page, there in ((README, r"(\| accuracy \| \d)"), (RESULTS, r"(\| cdeq \| \d)")):
         spoiled = re.sub(there, r"\g<1>7", page)
-        assert spoiled != page and tables.filled(spoiled, ROOT / "results") == page
+        assert spoiled != page and pages.filled(spoiled, ROOT / "results") == page
 
 
 def test_a_page_says_who_is_ahead_only_in_its_tables():

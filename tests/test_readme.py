@@ -20,7 +20,7 @@ from PIL import Image
 import config
 import tasks
 import train
-from evidence import chains, compare, contraction, speed, tables, timing
+from evidence import chains, compare, contraction, pages, speed, timing
 from models import mdeq, transformer
 from tasks import Split, graphs, permutations, text
 
@@ -95,7 +95,7 @@ def world(tmp_path_factory):
         # In this process, where the stand-ins are.
         patch.setattr(compare, "train", in_this_process)
         patch.setattr(contraction, "train", in_this_process)
-        patch.setattr(tables, "ROOT", folder)
+        patch.setattr(pages, "ROOT", folder)
         yield folder
 
 
@@ -173,7 +173,7 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
         return
     asked = dict(itertools.pairwise([*flags, ""]))
     main = importlib.import_module(script.removesuffix(".py")).main
-    if script == "evidence.tables":
+    if script == "evidence.pages":
         pages = Path("README.md"), Path("RESULTS.md")
         before = [page.read_text() for page in pages]
         main([])
