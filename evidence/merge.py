@@ -8,7 +8,8 @@ from evidence.intervals import difference
 
 def merge(reports: list[dict]) -> dict:
     """One report over seeds: means of all numbers, std (n - 1) and n of the metric and, in place of
-    its items, intervals of its differences to the teacher and to the direct network."""
+    its items, intervals of its differences to the teacher and to the direct network of as many
+    evaluations; of a teacher, to every direct network."""
     result = dict(reports[0], seeds=[seed for r in reports for seed in r["seeds"]], **provenance())
     result["runs"] = [{"command": r["command"], "commit": r["commit"]} for r in reports]
     for one in reports:
@@ -18,13 +19,24 @@ def merge(reports: list[dict]) -> dict:
     result["teacher"] = mean(teachers)
     groups = {(rows[0]["method"], rows[0]["nfe"]): rows for rows in grouped(
         reports, "rows", ("method", "nfe"))}  # fmt: skip
+    directs = {nfe: rows for (method, nfe), rows in groups.items() if method == "direct"}
+
+    def less(rows: list[dict], other: list[dict]) -> tuple[float, float, float]:
+        sides = ({r["seed"]: r["items"] for r in side} for side in (rows, other))
+        return difference(*sides, perplexity=result["metric"] == "perplexity")
+
+    def less_directs(rows: list[dict]) -> dict[str, tuple]:
+        return {str(J): less(rows, other) for J, other in directs.items()}
+
+    result["teacher"]["vs_directs"] = less_directs(teachers)
     result["rows"] = [mean(rows) for rows in groups.values()]
     for row, rows in zip(result["rows"], groups.values(), strict=True):
-        others = {"vs_teacher": teachers, "vs_direct": groups.get(("direct", row["nfe"]))}
+        others = {"vs_teacher": teachers, "vs_direct": directs.get(row["nfe"])}
         for name, other in others.items():
             if other and other is not rows and row["value"] is not None:
-                sides = ({r["seed"]: r["items"] for r in side} for side in (rows, other))
-                row[name] = difference(*sides, perplexity=result["metric"] == "perplexity")
+                row[name] = less(rows, other)
+        if "contraction" in row:  # another teacher
+            row["vs_directs"] = less_directs(rows)
     result["injection_seconds"] = statistics.fmean(r["injection_seconds"] for r in reports)
     result["equal"] = [  # only methods that are as good with every seed
         {**mean(rows), "nfe": [nfe for row in rows for nfe in row["nfe"]]}

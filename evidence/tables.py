@@ -106,16 +106,16 @@ def difference_lines(result: dict, nfes: list[int]) -> list[str]:
 
 def teacher_lines(result: dict) -> list[str]:
     """The table of teachers with the same network and another training."""
-    if not (rows := [row for row in result["rows"] if "contraction" in row]):
+    if not (others := [row for row in result["rows"] if "contraction" in row]):
         return []
-    lines = [
-        [row["method"], number(row, "value"), remark, f"{row['contraction']:.2f}"]
-        for row, remark in [
-            ({"method": "teacher", **result["teacher"]}, ""),
-            *((row, verdict(row["vs_teacher"], result)) for row in rows),
-        ]
-    ]
-    head = ["teacher", result["metric"], "less the first one's", "error factor per step"]
+    first, lines = {"method": "teacher", **result["teacher"]}, []
+    directs = list(first.get("vs_directs", ()))  # not in tables made before it was measured
+    for row in (first, *others):
+        less = [row.get("vs_teacher"), *(row["vs_directs"][J] for J in directs)]
+        cells = [verdict(interval, result) if interval else "" for interval in less]
+        lines.append([row["method"], number(row, "value"), *cells, f"{row['contraction']:.2f}"])
+    less = ["less the first one's", *(f"less direct-{J}'s" for J in directs)]
+    head = ["teacher", result["metric"], *less, "error factor per step"]
     return table("teachers, converged, by their training", head, lines)
 
 

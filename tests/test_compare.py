@@ -98,6 +98,22 @@ def test_merged_seeds_keep_what_all_of_them_have(run, tmp_path):
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
+def test_every_teacher_is_compared_with_every_direct_network(run):
+    """Here direct-1 answers as the teacher does, and direct-2 is always wrong."""
+    report = measure.measure(run, NONE)
+    teacher, wrong = report["teacher"], report["teacher"]["items"].clone()
+    wrong[:, 1] = 0
+    rows = [{"method": "direct", "nfe": 1}, {"method": "direct", "nfe": 2, "items": wrong}]
+    rows.append({"method": compare.LONGER, "contraction": 0.5})
+    report["rows"] += [teacher | row for row in rows]
+    merged = merge([report])
+    longer = next(row for row in merged["rows"] if row["method"] == compare.LONGER)
+    for one in (merged["teacher"], longer):
+        assert one["vs_directs"]["1"] == (0, 0, 0)
+        assert one["vs_directs"]["2"][0] == pytest.approx(teacher["value"], abs=1e-4) != 0
+    assert " | less direct-1's | less direct-2's | " in tables.markdown(merged)
+
+
 def test_costs_are_seconds_and_bytes(run):
     """The methods that were asked for are measured, and the injection, but nothing else."""
     table = methods(run, NONE)
