@@ -174,10 +174,10 @@ def test_command(line, world, tmp_path, monkeypatch, capsys):
     asked = dict(itertools.pairwise([*flags, ""]))
     main = importlib.import_module(script.removesuffix(".py")).main
     if script == "evidence.pages":
-        pages = Path("README.md"), Path("RESULTS.md")
-        before = [page.read_text() for page in pages]
+        both = Path("README.md"), Path("RESULTS.md")
+        before = [page.read_text() for page in both]
         main([])
-        assert [page.read_text() for page in pages] == before
+        assert [page.read_text() for page in both] == before
         return
     task = asked.get("--task") or Path(asked.get("--run", "runs/digits")).name
     if script in ("train.py", "evidence.rivals"):
